@@ -8,6 +8,7 @@ Catch wide (`PeftError`) or narrow. Each class also inherits the builtin that ca
     ├── TargetError (ValueError)                 a requested module or parameter that can't be adapted
     │   └── NoMatchingPeftModuleError            nothing in the model matches
     ├── UnsupportedError (NotImplementedError)   a combination that mathematics forbids
+    ├── ShapeError (ValueError)                  matrices or vectors whose sizes do not fit together
     ├── AdapterNameError (KeyError, ValueError)  no adapter, or already an adapter, of that name
     ├── StateError (RuntimeError)                the call is right, but not in the state the model is in
     ├── LoadError (RuntimeError)                 a file does not fit the model
@@ -42,6 +43,10 @@ class NoMatchingPeftModuleError(TargetError):
 
 class UnsupportedError(PeftError, NotImplementedError):
     """The combination has no mathematical meaning (or none that the file format can hold)."""
+
+
+class ShapeError(PeftError, ValueError):
+    """Matrices or vectors whose sizes do not fit together."""
 
 
 class AdapterNameError(PeftError, KeyError, ValueError):

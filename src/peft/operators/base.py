@@ -1,0 +1,182 @@
+"""What every matrix of the catalogue can do, and the defaults that make half of it free.
+
+The contract comes in three grades:
+
+* needed: `shape`, and one of `apply` and `dense` (each is the default of the other);
+* worth giving for speed: the other one, `flops` and `flops_dense`, `T`, `columns`;
+* only where it holds: `factors`, the exact thin factors of a matrix of low rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft.errors import ShapeError
+
+Scale = float | Tensor
+"""A number, or a 0-d tensor where the number is learnt or changes without a recompilation."""
+
+Op = TypeVar("Op", bound="Operator")
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """A matrix of shape (out, in) that knows how to act on the last dimension of a tensor.
+
+    Subclasses are frozen dataclasses whose fields are tensors, operators (or tuples of them) and numbers; they hold
+    what they are given and copy nothing, so gradients flow to the fields. All tensors of one operator, and the input
+    of `apply`, share a dtype; `to` brings an operator there.
+
+    >>> op = LowRank(down=torch.randn(2, 6), up=torch.randn(4, 2))
+    >>> op.shape
+    (4, 6)
+    >>> op.apply(torch.randn(5, 6)).shape
+    torch.Size([5, 4])
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.apply is Operator.apply and cls.dense is Operator.dense:
+            raise TypeError(f"{cls.__name__} needs `apply` or `dense`: each is only the default of the other.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its `shape`.")
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), equal to `x @ dense().T`."""
+        return F.linear(x, self.dense())
+
+    def dense(self) -> Tensor:
+        """The matrix itself, (out, in)."""
+        like = self.like()
+        return self.apply(torch.eye(self.shape[1], dtype=like.dtype, device=like.device)).mT
+
+    def flops(self, tokens: int) -> float:
+        """Floating point operations of `apply` on `tokens` vectors, including what it prepares once per call."""
+        return self.flops_dense(tokens) if type(self).apply is Operator.apply else gemm(tokens, *self.shape)
+
+    def flops_dense(self, tokens: int) -> float:
+        """Floating point operations of building `dense()` and multiplying `tokens` vectors with it."""
+        build = self.flops(self.shape[1]) if type(self).dense is Operator.dense else 0
+        return build + gemm(tokens, *self.shape)
+
+    @property
+    def T(self) -> Operator:
+        """The transpose, of shape (in, out)."""
+        return Transposed(self)
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Integer index (...,) -> (..., out): the columns `dense().T[index]`, as an embedding needs them."""
+        return F.embedding(index, self.dense().mT)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """`up` (out, k) and `down` (k, in) with `up @ down == dense()` where the rank is low by construction."""
+        return None
+
+    def to(self: Op, dtype: torch.dtype) -> Op:
+        """The operator with its floating point tensors in `dtype`; itself when they already are."""
+        if not _differs(self, dtype):
+            return self
+        return replace(self, **{field.name: _cast(getattr(self, field.name), dtype) for field in fields(self)})
+
+    def like(self) -> Tensor:
+        """A tensor with the dtype and device of the matrix."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, Operator):
+                    return item.like()
+                if isinstance(item, Tensor) and item.is_floating_point():
+                    return item
+        raise NotImplementedError(f"{type(self).__name__} holds no tensor, so it has to say its `like`.")
+
+
+def _differs(value: Any, dtype: torch.dtype) -> bool:
+    if isinstance(value, Operator):
+        return any(_differs(getattr(value, field.name), dtype) for field in fields(value))
+    if isinstance(value, tuple):
+        return any(_differs(item, dtype) for item in value)
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.dtype != dtype
+    return isinstance(value, torch.dtype) and value != dtype
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Operator):
+        return value.to(dtype)
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return dtype if isinstance(value, torch.dtype) else value
+
+
+def act(op: Operator, x: Tensor) -> Tensor:
+    """`op.apply(x)`, or one GEMM with `op.dense()` where that takes fewer operations.
+
+    >>> act(Identity(3), torch.arange(3.0))
+    tensor([0., 1., 2.])
+    """
+    tokens = math.prod(x.shape[:-1])
+    if op.flops(tokens) <= op.flops_dense(tokens):
+        return op.apply(x)
+    return F.linear(x, op.dense())
+
+
+def gemm(tokens: int, out: int, inner: int) -> float:
+    """Operations of (tokens, inner) @ (inner, out)."""
+    return 2.0 * tokens * out * inner
+
+
+def scaled(x: Tensor, scale: Scale) -> Tensor:
+    """`x * scale`, without a copy where the scale is the number one."""
+    return x if isinstance(scale, (int, float)) and scale == 1 else x * scale
+
+
+def expect(holds: bool, operator: Operator, rule: str) -> None:
+    """Raises ShapeError with the `rule` that the fields of `operator` broke, and the sizes they have."""
+    if holds:
+        return
+    sizes = []
+    for field in fields(operator):
+        value = getattr(operator, field.name)
+        if isinstance(value, (Tensor, Operator)):
+            sizes.append(f"{field.name} {tuple(value.shape)}")
+        elif isinstance(value, tuple):
+            sizes.append(f"{field.name} [{', '.join(str(tuple(item.shape)) for item in value)}]")
+        else:
+            sizes.append(f"{field.name} {value}")
+    raise ShapeError(f"{type(operator).__name__}: {rule}; got {', '.join(sizes)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Transposed(Operator):
+    """The transpose of an operator that has no better form of it."""
+
+    op: Operator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.op.shape[1], self.op.shape[0]
+
+    def dense(self) -> Tensor:
+        return self.op.dense().mT
+
+    def flops_dense(self, tokens: int) -> float:
+        return self.op.flops_dense(tokens)
+
+    @property
+    def T(self) -> Operator:
+        return self.op
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        factors = self.op.factors()
+        return None if factors is None else (factors[1].mT, factors[0].mT)

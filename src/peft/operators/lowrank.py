@@ -1,0 +1,168 @@
+"""Matrices that are thin products: LowRank, Bilinear and the doubly scaled product of VeRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft.operators.base import Operator, Scale, expect, gemm, scaled
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Operator):
+    """`scale * up @ down`, the matrix of LoRA (arXiv 2106.09685).
+
+    With `groups` > 1 it is the weight of a grouped convolution: the r rows of `down` and the rows of `up` are split
+    in as many blocks, and block j of the result is `up_j @ down_j`.
+
+    Shapes: `down` (r, in); `up` (out, r / groups); for a grouped convolution `in` counts one group's inputs.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: Scale = 1.0
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        fits = self.up.shape[1] * self.groups == self.down.shape[0] and self.up.shape[0] % self.groups == 0
+        expect(fits, self, "down (r, in) and up (out, r / groups) share r, and groups divides out")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._up(F.linear(x, self.down))
+
+    def dense(self) -> Tensor:
+        down = scaled(self.down, self.scale)
+        if self.groups == 1:
+            return self.up @ down
+        blocks = self.up.unflatten(0, (self.groups, -1)) @ down.unflatten(0, (self.groups, -1))
+        return blocks.flatten(0, 1)
+
+    def _up(self, h: Tensor) -> Tensor:
+        h = scaled(h, self.scale)
+        if self.groups == 1:
+            return F.linear(h, self.up)
+        rank, up = self.up.shape[1], self.up.unflatten(0, (self.groups, -1))
+        return torch.einsum("...gr,gor->...go", h.unflatten(-1, (self.groups, rank)), up).flatten(-2)
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self._up(F.embedding(index, self.down.mT))
+
+    @property
+    def T(self) -> Operator:
+        return LowRank(self.up.mT, self.down.mT, self.scale) if self.groups == 1 else super().T
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        up = self.up if self.groups == 1 else torch.block_diag(*self.up.chunk(self.groups))
+        return up, scaled(self.down, self.scale)
+
+    def flops(self, tokens: int) -> float:
+        return gemm(tokens, self.down.shape[0], self.down.shape[1]) + gemm(tokens, *self.up.shape)
+
+    def flops_dense(self, tokens: int) -> float:
+        out, inner = self.shape
+        return gemm(out, inner, self.up.shape[1]) + gemm(tokens, out, inner)
+
+
+@dataclass(frozen=True, eq=False)
+class Bilinear(Operator):
+    """`scale * up @ middle @ down`, where only the small middle learns (TinyLoRA, PSOFT, LoRA-XS).
+
+    Shapes: `down` (r, in); `middle` (k, r), a tensor or an operator; `up` (out, k).
+    """
+
+    down: Tensor
+    middle: Tensor | Operator
+    up: Tensor
+    scale: Scale = 1.0
+
+    def __post_init__(self) -> None:
+        fits = tuple(self.middle.shape) == (self.up.shape[1], self.down.shape[0])
+        expect(fits, self, "down (r, in), middle (k, r) and up (out, k) form a product")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def _middle(self) -> Tensor:
+        return self.middle.dense() if isinstance(self.middle, Operator) else self.middle
+
+    def _low_rank(self) -> LowRank:
+        # the r x k middle goes to the input side, so that the tokens see two thin products and not three
+        return LowRank(self._middle() @ self.down, self.up, self.scale)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(scaled(F.linear(F.linear(x, self.down), self._middle()), self.scale), self.up)
+
+    def dense(self) -> Tensor:
+        return self._low_rank().dense()
+
+    def columns(self, index: Tensor) -> Tensor:
+        return F.linear(scaled(F.linear(F.embedding(index, self.down.mT), self._middle()), self.scale), self.up)
+
+    @property
+    def T(self) -> Bilinear:
+        middle = self.middle.T if isinstance(self.middle, Operator) else self.middle.mT
+        return Bilinear(self.up.mT, middle, self.down.mT, self.scale)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self._low_rank().factors()
+
+    def flops(self, tokens: int) -> float:
+        (out, k), (r, inner) = self.up.shape, self.down.shape
+        return gemm(tokens, r, inner) + gemm(tokens, k, r) + gemm(tokens, out, k)
+
+    def flops_dense(self, tokens: int) -> float:
+        (out, k), (r, inner) = self.up.shape, self.down.shape
+        return gemm(k, inner, r) + gemm(out, inner, k) + gemm(tokens, out, inner)
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalLowRank(Operator):
+    """`diag(b) @ up @ diag(d) @ down`: frozen random factors under two learnt vectors (VeRA, arXiv 2310.11454).
+
+    Shapes: `down` (r, in); `up` (out, r); `d` (r,); `b` (out,).
+    """
+
+    down: Tensor
+    up: Tensor
+    d: Tensor
+    b: Tensor
+
+    def __post_init__(self) -> None:
+        (out, rank), d = self.up.shape, self.down.shape[0]
+        fits = rank == d and tuple(self.d.shape) == (rank,) and tuple(self.b.shape) == (out,)
+        expect(fits, self, "down (r, in), up (out, r), d (r,) and b (out,) form a product")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def _up(self, h: Tensor) -> Tensor:
+        return F.linear(h * self.d, self.up) * self.b
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._up(F.linear(x, self.down))
+
+    def dense(self) -> Tensor:
+        up, down = self.factors()
+        return up @ down
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self._up(F.embedding(index, self.down.mT))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.b[:, None] * self.up * self.d, self.down
+
+    def flops(self, tokens: int) -> float:
+        return gemm(tokens, *self.down.shape) + gemm(tokens, *self.up.shape)
+
+    def flops_dense(self, tokens: int) -> float:
+        out, inner = self.shape
+        return gemm(out, inner, self.up.shape[1]) + gemm(tokens, out, inner)

@@ -1,0 +1,121 @@
+"""The plain matrices: stored whole, diagonal, identity, zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft.operators.base import Operator
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Operator):
+    """A matrix that is stored whole: `matrix` (out, in)."""
+
+    matrix: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    @property
+    def T(self) -> Dense:
+        return Dense(self.matrix.mT)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Operator):
+    """A square matrix with `d` (n,) on its diagonal and zeros elsewhere."""
+
+    d: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.d.shape[0], self.d.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.d
+
+    def dense(self) -> Tensor:
+        return torch.diag(self.d)
+
+    @property
+    def T(self) -> Diagonal:
+        return self
+
+    def columns(self, index: Tensor) -> Tensor:
+        empty = self.d.new_zeros(*index.shape, self.d.shape[0])
+        return empty.scatter(-1, index[..., None], self.d[index][..., None])
+
+    def flops(self, tokens: int) -> float:
+        return float(tokens * self.d.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Operator):
+    """The identity on vectors of length `size`."""
+
+    size: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size, self.size
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x
+
+    def dense(self) -> Tensor:
+        return torch.eye(self.size, dtype=self.dtype, device=self.device)
+
+    @property
+    def T(self) -> Identity:
+        return self
+
+    def flops(self, tokens: int) -> float:
+        return 0.0
+
+    def like(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Zero(Operator):
+    """The matrix of zeros: `out` rows and `inner` columns."""
+
+    out: int
+    inner: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.inner
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out)
+
+    def dense(self) -> Tensor:
+        return self.like().new_zeros(self.out, self.inner)
+
+    @property
+    def T(self) -> Zero:
+        return Zero(self.inner, self.out, self.dtype, self.device)
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self.like().new_zeros(*index.shape, self.out)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.like().new_zeros(self.out, 0), self.like().new_zeros(0, self.inner)
+
+    def flops(self, tokens: int) -> float:
+        return 0.0
+
+    def like(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
