@@ -1,0 +1,226 @@
+"""How operators change an affine map, and the law that ties running to merging.
+
+A layer computes `y = W x + b`. An update turns that map into another affine one, and can do so in two ways: on the way
+(`forward`), or on the parameters (`weight`, `bias`). The law, for every update and every stack of them:
+
+    forward(x)  =  weight(W) x + bias(b)
+
+Relative updates (`Add`, `Rewrite`, `Magnitude`) are computed from the frozen W and b, whatever ran before them, so they
+sum and commute. `Before` and `After` compose: the first of a stack is nearest to the frozen weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from peft.operators import Diagonal, LowRank, Operator
+
+Run = Callable[[Tensor], Tensor]
+
+
+class Base(Protocol):
+    """The frozen layer, as an update may see it. W is always (out, in), whatever the layer stores."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in); dequantised where the layer is quantised."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b (out,), or None."""
+        ...
+
+    @property
+    def square_row_norms(self) -> Tensor:
+        """The squared norm of each row of W (out,), kept between calls."""
+        ...
+
+    def run(self, x: Tensor) -> Tensor:
+        """W x + b."""
+        ...
+
+    def lift(self, op: Operator, x: Tensor) -> Tensor:
+        """The output that a layer with weight `op` and no bias gives (a convolution slides it, an embedding looks it up)."""
+        ...
+
+    def act(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The same for a dense weight."""
+        ...
+
+    def out(self, op: Operator, y: Tensor) -> Tensor:
+        """`op` on the output features of y, wherever the layer puts them."""
+        ...
+
+    def shift(self, y: Tensor, bias: Tensor | None, sign: int = 1) -> Tensor:
+        """y plus (or minus) a vector over output features."""
+        ...
+
+    def plus(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """The sum of two weights."""
+        ...
+
+
+class Update:
+    """Base of updates. `needs_weight` says that running it reads W, so a quantised layer has to dequantise."""
+
+    relative = False
+    needs_weight = False
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        """Output for x, given the map before (`prev`, whose bias is `bias`)."""
+        raise NotImplementedError
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        """The weight (out, in) after the update, given the one before."""
+        return weight
+
+    def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
+        """The bias after the update, given the one before."""
+        return bias
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Update):
+    """W + op, b + shift. `dropout` acts on what the operator sees, and is gone when merged."""
+
+    op: Operator
+    shift: Tensor | None = None
+    dropout: Callable[[Tensor], Tensor] | None = None
+    relative = True
+
+    def delta(self, x: Tensor, base: Base) -> Tensor:
+        """What is added to the output, without `shift`."""
+        return base.lift(self.op, x if self.dropout is None else self.dropout(x))
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        y = prev(x) + self.delta(x, base)
+        return y if self.shift is None else base.shift(y, self.shift)
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        return base.plus(weight, self.op.dense())
+
+    def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
+        return _sum(bias, self.shift)
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite(Update):
+    """W + delta(W), b + shift(W, b): any function of the frozen parameters.
+
+    `delta` maps W (out, in) to what is added to it; `shift` maps (W, b) to what is added to b, or None.
+    """
+
+    delta: Callable[[Tensor], Tensor]
+    shift: Callable[[Tensor, Tensor | None], Tensor | None] | None = None
+    dropout: Callable[[Tensor], Tensor] | None = None
+    relative = True
+    needs_weight = True
+
+    def _shift(self, base: Base) -> Tensor | None:
+        return None if self.shift is None else self.shift(base.weight, base.bias)
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        seen = x if self.dropout is None else self.dropout(x)
+        y = prev(x) + base.act(self.delta(base.weight), seen)
+        return base.shift(y, self._shift(base))
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        return base.plus(weight, self.delta(base.weight))
+
+    def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
+        return _sum(bias, self._shift(base))
+
+
+@dataclass(frozen=True, eq=False)
+class Before(Update):
+    """W op: the operator acts on the input."""
+
+    op: Operator
+    dropout: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        seen = x if self.dropout is None else self.dropout(x)
+        return prev(self.op.to(seen.dtype).apply(seen))
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        return self.op.T.apply(weight)
+
+
+@dataclass(frozen=True, eq=False)
+class After(Update):
+    """op W: the operator acts on the output; on the bias too unless `keep_bias`."""
+
+    op: Operator
+    keep_bias: bool = False
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        y = prev(x)
+        if self.keep_bias and bias is not None:
+            return base.shift(base.out(self.op, base.shift(y, bias, -1)), bias)
+        return base.out(self.op, y)
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        return self.op.apply(weight.mT).mT
+
+    def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
+        return bias if self.keep_bias or bias is None else self.op.apply(bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Magnitude(Update):
+    """Rows of the updated weight rescaled to learnt lengths: diag(m / |W + op|) (W + op), DoRA (arXiv 2402.09353).
+
+    `inner` is the update whose direction is kept, `magnitude` (out,) the lengths. The norm takes part as a constant:
+    no gradient flows through it (section 4.3 of the paper).
+    """
+
+    inner: Add
+    magnitude: Tensor
+    relative = True
+    needs_weight = True
+
+    def gain(self, base: Base) -> Tensor:
+        """m / |W + op| (out,)."""
+        return self.magnitude / row_norms(self.inner.op, base).detach()
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        gain = self.gain(base)
+        seen = x if self.inner.dropout is None else self.inner.dropout(x)
+        y = prev(x)
+        frozen = base.shift(base.run(seen), base.bias, -1)
+        y = y + base.out(Diagonal(gain - 1), frozen) + base.out(Diagonal(gain), base.lift(self.inner.op, seen))
+        return base.shift(y, self.inner.shift)
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        gain = self.gain(base)[:, None]
+        return base.plus(base.plus(weight, (gain - 1) * base.weight), gain * self.inner.op.dense())
+
+    def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
+        return self.inner.add_bias(bias, base)
+
+
+def row_norms(op: Operator, base: Base) -> Tensor:
+    """The norm of each row of W + op (out,), without building W + op where the operator is thin.
+
+    |w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ for each row; |w|² is kept by the base.
+    """
+    if not (isinstance(op, LowRank) and op.groups == 1):
+        return torch.linalg.vector_norm(base.plus(base.weight, op.dense()), dim=1)
+    weight = base.weight
+    op = op.to(base.square_row_norms.dtype)
+    up = op.up * op.scale
+    cross = (up * (weight.to(up.dtype) @ op.down.mT)).sum(1)
+    square = (up @ (op.down @ op.down.mT) * up).sum(1)
+    return (base.square_row_norms + 2 * cross + square).clamp_min(0).sqrt()
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b.to(a.dtype)
