@@ -185,7 +185,9 @@ class PeftConfigMixin:
         """Keep the keys that are fields of this class; warn of those that are not and hold something."""
         known = set(inspect.signature(cls).parameters)
         unknown = {key: value for key, value in kwargs.items() if key not in known}
-        meaningful = sorted(key for key, value in unknown.items() if value not in (None, False, "none") and value != {} and value != [])
+        meaningful = sorted(
+            key for key, value in unknown.items() if value not in (None, False, "none") and value != {} and value != []
+        )
         if meaningful:
             version = kwargs.get("peft_version") or "an unknown version"
             hints = "".join(nearest(key, known) for key in meaningful[:1])
@@ -297,7 +299,9 @@ class TargetedConfig(PeftConfig):
                         f"{self.target_modules!r}. Put the layer indices into the regex, or give a list of names."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern says where layers are counted; set layers_to_transform to say which ones.")
+            raise ConfigError(
+                "layers_pattern says where layers are counted; set layers_to_transform to say which ones."
+            )
         _check_regexes(self)
 
 

@@ -1,0 +1,162 @@
+"""The contract of a host, and how the host of a module is found."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.operators import Operator
+
+_HOSTS: dict[str, type[Host]] = {}
+
+
+class Host:
+    """A base layer seen as a matrix W (out, in) with a bias b (out,).
+
+    A host is made anew for each call, holds nothing but its module, and is the only code that knows how that type of
+    layer stores and applies its weight. Subclasses give `name`, `types`, `weight` and `act`; those on which operators
+    can run without building the dense weight give `lift` and `out` as well and set `factored`.
+    """
+
+    name: ClassVar[str] = ""
+    """Class name of the adapted layer in the PEFT API."""
+    types: ClassVar[tuple[str, ...]] = ()
+    """Qualified names of the layer types, so that nothing is imported to look one up."""
+    factored: ClassVar[bool] = True
+    """Whether updates run on the way, without the dense weight."""
+    one_hot: ClassVar[bool] = False
+    """Whether inputs are indices of the columns of W (an embedding) and can't be multiplied by anything."""
+    fan_in_fan_out: ClassVar[bool] = False
+    """Whether the layer stores its weight as (in, out)."""
+    parameter: ClassVar[str] = "weight"
+    """The parameter that holds W."""
+    bias_parameter: ClassVar[str] = "bias"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _HOSTS.update(dict.fromkeys(cls.types, cls))
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    # what it is
+
+    @property
+    def raw(self) -> Tensor:
+        """The stored weight, whatever its shape and dtype."""
+        return getattr(self.module, self.parameter)
+
+    @property
+    def device(self) -> torch.device:
+        return self.raw.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weight has, or is dequantised to."""
+        return self.raw.dtype
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+        return self.weight().shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of W."""
+        return self.weight().shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Blocks into which the output is split (grouped convolutions), else 1."""
+        return 1
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Sizes that methods may use beyond (out, in); a convolution tells its channels and kernel here."""
+        return {}
+
+    def weight(self) -> Tensor:
+        """W (out, in), a view where possible."""
+        return self.raw
+
+    def bias(self) -> Tensor | None:
+        """b (out,), or None."""
+        return getattr(self.module, self.bias_parameter, None)
+
+    def native(self, weight: Tensor) -> Tensor:
+        """W (out, in) in the shape in which the layer stores it."""
+        return weight
+
+    def adjust(self, weight: Tensor) -> dict[str, Any]:
+        """Attributes of the layer that must change for it to hold `weight` (groups of a convolution)."""
+        return {}
+
+    # how it acts
+
+    def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with W and b replaced for this call."""
+        raise NotImplementedError
+
+    def lift(self, op: Operator, x: Tensor) -> Tensor:
+        """The output of a layer whose weight is `op` and whose bias is none."""
+        return self.act(op.dense().to(x.dtype), None, x)
+
+    def out(self, op: Operator, y: Tensor) -> Tensor:
+        """`op` on the output features of y."""
+        return op.to(y.dtype).apply(y)
+
+    def shift(self, y: Tensor, bias: Tensor | None, sign: int = 1) -> Tensor:
+        """y plus or minus a vector over output features."""
+        if bias is None:
+            return y
+        return y + bias.to(y.dtype) if sign > 0 else y - bias.to(y.dtype)
+
+    def plus(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """The sum of two weights of this layer."""
+        return weight + delta
+
+    def rows(self, x: Tensor, kwargs: dict[str, Any]) -> int:
+        """The dimension of inputs and outputs that counts samples."""
+        return 0
+
+    # what an adapter of it is made of
+
+    def leaf(self, kind: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+        """The module that holds a factor: `down` (r, in) or `up` (out, r) as a layer. None: a bare parameter does."""
+        return linear(shape[1], shape[0], device, dtype)
+
+    def slot_name(self, name: str) -> str:
+        """The name under which a factor is stored."""
+        return name
+
+
+def host_class(module: nn.Module) -> type[Host] | None:
+    """The host for a module's type, or None if it can't be adapted."""
+    for cls in type(module).__mro__:
+        if (host := _HOSTS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+            return host
+    return None
+
+
+def supported() -> list[str]:
+    """Names of the layer types that have a host."""
+    return sorted(name.rpartition(".")[2] for name in _HOSTS)
+
+
+def bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:
+    """A module of a given class without running its `__init__`, which would fill weights that are thrown away."""
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def linear(in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """An `nn.Linear` without bias whose weight is allocated and not filled."""
+    module = bare(nn.Linear, in_features=in_features, out_features=out_features)
+    module.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+    module.register_parameter("bias", None)
+    return module  # type: ignore[return-value]

@@ -1,0 +1,58 @@
+"""`nn.Embedding`: a matrix W (dim, vocabulary) that acts on one-hot columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.hosts.base import Host
+from peft.operators import Operator
+
+
+class EmbeddingHost(Host):
+    """Looks up columns of W. Subclasses that scale their output (Gemma's, BART's) have `embed_scale` applied here too."""
+
+    name = "Embedding"
+    types = ("torch.nn.modules.sparse.Embedding",)
+    one_hot = True
+
+    def weight(self) -> Tensor:
+        return self.raw.mT
+
+    def native(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    def bias(self) -> None:
+        return None
+
+    def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        emb = self.module
+        y = F.embedding(
+            x,
+            weight.mT.to(self.dtype),
+            emb.padding_idx,
+            emb.max_norm,
+            emb.norm_type,
+            emb.scale_grad_by_freq,
+            emb.sparse,
+        )
+        return self._scaled(y)
+
+    def lift(self, op: Operator, x: Tensor) -> Tensor:
+        return self._scaled(op.to(self.dtype).columns(x))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        scale = getattr(self.module, "embed_scale", None)
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    def leaf(self, kind: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+        return None
+
+    def slot_name(self, name: str) -> str:
+        head, _, tail = name.rpartition("_")
+        return f"{head}_embedding_{tail}"

@@ -1,0 +1,72 @@
+"""A bare `nn.Parameter` of a module: 2-D, or a 3-D stack of expert matrices.
+
+The module reads its parameter wherever it likes, so it is lent the updated one for the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.hosts.base import Host
+from peft.operators import Operator
+
+
+def lend(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    """A module that shares everything with `module` but the given parameters.
+
+    It is a new object, so the original is never changed and other threads may use it meanwhile.
+    """
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = {**module._parameters, **tensors}
+    return twin
+
+
+class ParameterHost(Host):
+    """The host of `target_parameters`: `parameter_name` says which one. 3-D stacks are block rows: W is (E·out, in)."""
+
+    name = "ParamWrapper"
+    factored = False
+
+    def __init__(self, module: nn.Module, parameter_name: str) -> None:
+        super().__init__(module)
+        self.parameter = parameter_name  # type: ignore[misc]
+
+    @property
+    def experts(self) -> int:
+        """Number of stacked matrices."""
+        return self.raw.shape[0] if self.raw.dim() == 3 else 1
+
+    @property
+    def transposed(self) -> bool:
+        """Whether each matrix is stored (in, out); modules of transformers say so in `is_transposed`."""
+        return self.raw.dim() == 3 and bool(getattr(self.module, "is_transposed", False))
+
+    @property
+    def layout(self) -> dict[str, int]:
+        return {"experts": self.experts}
+
+    def bias(self) -> None:
+        return None
+
+    def weight(self) -> Tensor:
+        stack = self.raw.mT if self.transposed else self.raw
+        return stack.reshape(-1, stack.shape[-1])
+
+    def native(self, weight: Tensor) -> Tensor:
+        if self.raw.dim() == 2:
+            return weight
+        stack = weight.unflatten(0, (self.experts, -1))
+        return stack.mT if self.transposed else stack
+
+    def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return lend(self.module, **{self.parameter: self.native(weight).to(self.dtype)})(x, *args, **kwargs)
+
+    def out(self, op: Operator, y: Tensor) -> Tensor:
+        raise NotImplementedError("a parameter has no output of its own")
+
+    def leaf(self, kind: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+        return super().leaf(kind, shape, device, dtype)
