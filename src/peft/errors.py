@@ -12,6 +12,7 @@ Catch wide (`PeftError`) or narrow. Each class also inherits the builtin that ca
     ├── AdapterNameError (KeyError, ValueError)  no adapter, or already an adapter, of that name
     ├── StateError (RuntimeError)                the call is right, but not in the state the model is in
     ├── LoadError (RuntimeError)                 a file does not fit the model
+    │   ├── AdapterNotFoundError (FileNotFoundError, ValueError)   no such folder, repository or file in it
     │   ├── CorruptFileError (ValueError)        a file that is damaged or hostile
     │   └── BaseMismatchError                    an adapter made for another base model
     └── SaveError (OSError)                      nothing was written; what was there before is whole
@@ -62,6 +63,10 @@ class StateError(PeftError, RuntimeError):
 
 class LoadError(PeftError, RuntimeError):
     """An adapter file does not fit the model it is loaded into."""
+
+
+class AdapterNotFoundError(LoadError, FileNotFoundError, ValueError):
+    """There is no such folder or repository, or it does not hold the file."""
 
 
 class CorruptFileError(LoadError, ValueError):
