@@ -1,0 +1,76 @@
+"""What "the same" means between two libraries: tensors, files, descriptions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from tests.reference.actions import Case
+from tests.reference.sides import Ours, Pair, Reference
+
+#: Fields of adapter_config.json that say who wrote it.
+AUTHORSHIP = {"peft_version"}
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference relative to the largest value."""
+    assert a.shape == b.shape, f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}"
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-12)).item()
+
+
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    distances = {key: distance(got[key], expected[key]) for key in expected}
+    assert max(distances.values()) <= tolerance, f"relative differences {distances}"
+
+
+def tensors_in(directory: Path) -> dict[str, tuple[list[int], str]]:
+    """Key -> (shape, dtype) of the weights file in `directory`."""
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+
+
+def metadata_in(directory: Path) -> dict[str, str] | None:
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        return file.metadata()
+
+
+def config_in(directory: Path) -> dict[str, Any]:
+    """The config file without authorship; lists that come from sets are sorted."""
+    loaded = json.loads((directory / CONFIG).read_text())
+    unordered = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
+    plain = {k: sorted(v) if k in unordered and isinstance(v, list) else v for k, v in loaded.items()}
+    return {k: v for k, v in plain.items() if k not in AUTHORSHIP}
+
+
+def check_birth(pair: Pair, case: Case) -> None:
+    """Freshly adapted, both libraries show the same class, trainable names, shapes, dtypes, scaling, state keys."""
+    ours, reference = pair.birth(case)
+    for aspect in ("class", "trainable", "scaling", "state_dict", "parameters"):
+        assert ours[aspect] == reference[aspect], aspect
+    moves = {side: (report["change"] or 0) > 1e-5 for side, report in (("ours", ours), ("reference", reference))}
+    assert moves["ours"] == moves["reference"], "only one of the two is the identity at the start"
+
+
+def check_files(pair: Pair, case: Case) -> None:
+    """Both libraries write the same files, keys, shapes, dtypes, metadata and config fields."""
+    ours, _ = pair.written(pair.ours, case)
+    reference, _ = pair.written(pair.reference, case)
+    assert {p.name for p in ours.iterdir()} == {p.name for p in reference.iterdir()}
+    assert tensors_in(ours) == tensors_in(reference)
+    assert metadata_in(ours) == metadata_in(reference)
+    assert config_in(ours) == config_in(reference)
+
+
+def check_transfer(
+    pair: Pair, case: Case, writer: Ours | Reference, reader: Ours | Reference, tolerance: float
+) -> None:
+    """What one library saves, another loads: the same outputs, before and after merging."""
+    place, expected = pair.written(writer, case)
+    assert_close(reader.ask("read", case, str(place)), expected, tolerance)
