@@ -1,22 +1,44 @@
 """Matrices that act: each knows its shape, how to multiply a vector, and how to become dense. Torch only."""
 
 from peft.operators.base import Operator, Transposed, act
+from peft.operators.blocks import BlockCirculant, BlockDiagonal, Fold, LowRankGrid
 from peft.operators.compose import Product, Scaled, Sum
+from peft.operators.kronecker import HadamardLowRank, Kronecker
 from peft.operators.lowrank import Bilinear, DiagonalLowRank, LowRank
 from peft.operators.plain import Dense, Diagonal, Identity, Zero
+from peft.operators.rotations import Butterfly, Cayley, Givens, Householder, Neumann, cayley, neumann, skew
+from peft.operators.sparse import Fourier, Sparse, Wavelet, WaveletSynthesis
 
 __all__ = [
     "Bilinear",
+    "BlockCirculant",
+    "BlockDiagonal",
+    "Butterfly",
+    "Cayley",
     "Dense",
     "Diagonal",
     "DiagonalLowRank",
+    "Fold",
+    "Fourier",
+    "Givens",
+    "HadamardLowRank",
+    "Householder",
     "Identity",
+    "Kronecker",
     "LowRank",
+    "LowRankGrid",
+    "Neumann",
     "Operator",
     "Product",
     "Scaled",
+    "Sparse",
     "Sum",
     "Transposed",
+    "Wavelet",
+    "WaveletSynthesis",
     "Zero",
     "act",
+    "cayley",
+    "neumann",
+    "skew",
 ]

@@ -136,9 +136,19 @@ def gemm(tokens: int, out: int, inner: int) -> float:
     return 2.0 * tokens * out * inner
 
 
+def cheapest(op: Operator, tokens: int) -> float:
+    """Operations of `act(op, x)` for `tokens` vectors."""
+    return min(op.flops(tokens), op.flops_dense(tokens))
+
+
 def scaled(x: Tensor, scale: Scale) -> Tensor:
     """`x * scale`, without a copy where the scale is the number one."""
     return x if isinstance(scale, (int, float)) and scale == 1 else x * scale
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32 where it has 16 bits: FFTs and linear solves know no half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def expect(holds: bool, operator: Operator, rule: str) -> None:

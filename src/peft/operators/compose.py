@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, act, expect, gemm, scaled
+from peft.operators.base import Operator, Scale, act, cheapest, expect, gemm, scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +39,17 @@ class Sum(Operator):
         return Sum(tuple(term.T for term in self.terms))
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        pairs = [pair for term in self.terms if (pair := term.factors()) is not None]
-        if len(pairs) < len(self.terms):
-            return None
-        return torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs], dim=0)
+        ups, downs = [], []
+        for term in self.terms:
+            pair = term.factors()
+            if pair is None:
+                return None
+            ups.append(pair[0])
+            downs.append(pair[1])
+        return torch.cat(ups, dim=1), torch.cat(downs, dim=0)
 
     def flops(self, tokens: int) -> float:
-        return sum(_cheaper(term, tokens) for term in self.terms)
+        return sum(cheapest(term, tokens) for term in self.terms)
 
     def flops_dense(self, tokens: int) -> float:
         return sum(term.flops_dense(0) for term in self.terms) + gemm(tokens, *self.shape)
@@ -80,22 +84,18 @@ class Product(Operator):
         return Product(self.right.T, self.left.T)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        if (pair := self.right.factors()) is not None:
+        pair = self.right.factors()
+        if pair is not None:
             return act(self.left, pair[0].mT).mT, pair[1]
-        if (pair := self.left.factors()) is not None:
-            return pair[0], act(self.right.T, pair[1])
-        return None
+        pair = self.left.factors()
+        return None if pair is None else (pair[0], act(self.right.T, pair[1]))
 
     def flops(self, tokens: int) -> float:
-        return _cheaper(self.left, tokens) + _cheaper(self.right, tokens)
+        return cheapest(self.left, tokens) + cheapest(self.right, tokens)
 
     def flops_dense(self, tokens: int) -> float:
-        build = self.right.flops_dense(0) + _cheaper(self.left, self.shape[1])
+        build = self.right.flops_dense(0) + cheapest(self.left, self.shape[1])
         return build + gemm(tokens, *self.shape)
-
-
-def _cheaper(op: Operator, tokens: int) -> float:
-    return min(op.flops(tokens), op.flops_dense(tokens))
 
 
 @dataclass(frozen=True, eq=False)

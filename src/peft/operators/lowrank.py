@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, expect, gemm, scaled
+from peft.operators.base import Operator, Scale, Transposed, expect, gemm, scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class LowRank(Operator):
 
     @property
     def T(self) -> Operator:
-        return LowRank(self.up.mT, self.down.mT, self.scale) if self.groups == 1 else super().T
+        return LowRank(self.up.mT, self.down.mT, self.scale) if self.groups == 1 else Transposed(self)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         up = self.up if self.groups == 1 else torch.block_diag(*self.up.chunk(self.groups))

@@ -119,3 +119,8 @@ class Zero(Operator):
 
     def like(self) -> Tensor:
         return torch.empty(0, dtype=self.dtype, device=self.device)
+
+
+def as_operator(matrix: Tensor | Operator) -> Operator:
+    """A tensor (out, in) as an operator; an operator as it is."""
+    return matrix if isinstance(matrix, Operator) else Dense(matrix)

@@ -1,0 +1,200 @@
+"""Matrices made of blocks: BlockDiagonal, LowRankGrid, BlockCirculant, Fold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft.operators.base import Operator, Scale, expect, gemm, scaled, widened
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDiagonal(Operator):
+    """Blocks along the diagonal, zeros elsewhere (OFT, BD-LoRA): `blocks` (k, o, i), the shape is (k o, k i)."""
+
+    blocks: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        count, out, inner = self.blocks.shape
+        return count * out, count * inner
+
+    def apply(self, x: Tensor) -> Tensor:
+        count, _, inner = self.blocks.shape
+        return torch.einsum("...ki,koi->...ko", x.unflatten(-1, (count, inner)), self.blocks).flatten(-2)
+
+    def dense(self) -> Tensor:
+        count, out, inner = self.blocks.shape
+        grid = torch.diag_embed(self.blocks.permute(1, 2, 0))  # (o, i, k, k)
+        return grid.permute(2, 0, 3, 1).reshape(count * out, count * inner)
+
+    @property
+    def T(self) -> BlockDiagonal:
+        return BlockDiagonal(self.blocks.mT)
+
+    def flops(self, tokens: int) -> float:
+        count, out, inner = self.blocks.shape
+        return gemm(tokens * count, out, inner)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankGrid(Operator):
+    """A k x k grid of blocks, each of rank r / k: GraLoRA (arXiv 2505.20355), at the cost of one LowRank of rank r.
+
+    Input block i is projected to r numbers, chunk j of which goes to output block j: the block in row j and column i
+    is `scale * (down[i][:, chunk j] @ up[j][chunk i, :]).T`.
+
+    Shapes: `down` (k, in / k, r); `up` (k, r, out / k); k divides r.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: Scale = 1.0
+
+    def __post_init__(self) -> None:
+        count, rank = self.down.shape[0], self.down.shape[2]
+        fits = tuple(self.up.shape[:2]) == (count, rank) and rank % count == 0
+        expect(fits, self, "down (k, in / k, r) and up (k, r, out / k) share k and r, and k divides r")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0] * self.up.shape[2], self.down.shape[0] * self.down.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        count, inner, _ = self.down.shape
+        h = torch.einsum("...kn,knr->...kr", x.unflatten(-1, (count, inner)), self.down)
+        return self._exchange(h)
+
+    def _exchange(self, h: Tensor) -> Tensor:
+        """Projections (..., i, r) of the input blocks -> (..., out)."""
+        count, _, rank = self.down.shape
+        h = scaled(h, self.scale).unflatten(-1, (count, rank // count)).transpose(-3, -2).flatten(-2)
+        return torch.einsum("...kr,krm->...km", h, self.up).flatten(-2)
+
+    def dense(self) -> Tensor:
+        count, _, rank = self.down.shape
+        down = scaled(self.down, self.scale).unflatten(-1, (count, rank // count))  # (i, n, j, c)
+        up = self.up.unflatten(1, (count, rank // count))  # (j, i, c, m)
+        return torch.einsum("injc,jicm->jmin", down, up).reshape(self.shape)
+
+    def columns(self, index: Tensor) -> Tensor:
+        count, inner, _ = self.down.shape
+        row = F.embedding(index, self.down.flatten(0, 1))
+        block = F.one_hot(index // inner, count).to(row.dtype)
+        return self._exchange(block[..., None] * row[..., None, :])
+
+    @property
+    def T(self) -> LowRankGrid:
+        return LowRankGrid(self.up.mT, self.down.mT, self.scale)
+
+    def flops(self, tokens: int) -> float:
+        return gemm(tokens, self.down.shape[2], sum(self.shape))
+
+    def flops_dense(self, tokens: int) -> float:
+        count, _, rank = self.down.shape
+        return gemm(self.shape[0], self.shape[1], rank // count) + gemm(tokens, *self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCirculant(Operator):
+    """Circulant blocks over the number of inputs: C3A (arXiv 2407.19342), applied by real FFTs.
+
+    Entry (r, c) of block (p, q) is `kernel[p, q, (c - r) mod b] / in`.
+    Shapes: `kernel` (out / b, in / b, b), any b.
+    """
+
+    kernel: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols, size = self.kernel.shape
+        return rows * size, cols * size
+
+    def apply(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:  # FFTs refuse an empty batch
+            return F.linear(x, self.dense())
+        _, cols, size = self.kernel.shape
+        spectrum = torch.fft.rfft(widened(x).unflatten(-1, (cols, size)))
+        kernel = torch.fft.rfft(widened(self.kernel) / (cols * size)).conj()
+        y = torch.fft.irfft(torch.einsum("...nf,mnf->...mf", spectrum, kernel), n=size)
+        return y.flatten(-2).to(x.dtype)
+
+    def dense(self) -> Tensor:
+        size = self.kernel.shape[2]
+        i = torch.arange(size, device=self.kernel.device)
+        blocks = (self.kernel / self.shape[1])[:, :, (i - i[:, None]) % size]  # (p, q, r, c)
+        return blocks.transpose(1, 2).reshape(self.shape)
+
+    def columns(self, index: Tensor) -> Tensor:
+        rows, _, size = self.kernel.shape
+        kernel = (self.kernel / self.shape[1]).transpose(0, 1)[index // size]  # (..., p, b)
+        offset = (index[..., None] - torch.arange(size, device=index.device)) % size
+        return kernel.gather(-1, offset[..., None, :].expand(*index.shape, rows, size)).flatten(-2)
+
+    @property
+    def T(self) -> BlockCirculant:
+        out, inner = self.shape
+        mirrored = self.kernel.transpose(0, 1).flip(-1).roll(1, -1)
+        return BlockCirculant(mirrored * (out / inner))
+
+    def flops(self, tokens: int) -> float:
+        rows, cols, size = self.kernel.shape
+        transforms = 2.5 * size * math.log2(max(size, 2)) * (tokens * (rows + cols) + rows * cols)
+        return transforms + 8.0 * tokens * rows * cols * (size // 2 + 1)
+
+    def flops_dense(self, tokens: int) -> float:
+        out, inner = self.shape
+        return out * inner + gemm(tokens, out, inner)
+
+
+@dataclass(frozen=True, eq=False)
+class Fold(Operator):
+    """A small block repeated over the whole matrix: MiSS (arXiv 2409.15371) sums chunks of the input, then projects.
+
+    Entry (o, i) is `block[i mod r, o mod c]`; the last tile is cut where r does not divide `inner`.
+    Shapes: `block` (r, c); the matrix is (`out`, `inner`).
+    """
+
+    block: Tensor
+    out: int
+    inner: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.inner
+
+    def apply(self, x: Tensor) -> Tensor:
+        rank = self.block.shape[0]
+        tiles = -(-self.inner // rank)
+        if tiles * rank != self.inner:
+            x = F.pad(x, (0, tiles * rank - self.inner))
+        return self._tile(x.unflatten(-1, (tiles, rank)).sum(-2) @ self.block)
+
+    def _tile(self, y: Tensor) -> Tensor:
+        width = self.block.shape[1]
+        if width == self.out:
+            return y
+        repeats = [1] * (y.dim() - 1) + [-(-self.out // width)]
+        return y.repeat(repeats)[..., : self.out]
+
+    def dense(self) -> Tensor:
+        return self.columns(torch.arange(self.inner, device=self.block.device)).mT
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self._tile(F.embedding(index % self.block.shape[0], self.block))
+
+    @property
+    def T(self) -> Fold:
+        return Fold(self.block.mT, self.inner, self.out)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        rank = self.block.shape[0]
+        eye = torch.eye(rank, dtype=self.block.dtype, device=self.block.device)
+        return self._tile(self.block).mT, eye.repeat(1, -(-self.inner // rank))[:, : self.inner]
+
+    def flops(self, tokens: int) -> float:
+        return tokens * self.inner + gemm(tokens, *self.block.shape)

@@ -1,0 +1,236 @@
+"""Matrices with few coefficients: at places of the matrix (Sparse), of its Fourier or of its wavelet transform."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft.operators.base import Operator, Scale, expect, gemm, scaled, widened
+
+GATHERED = 64.0
+"""What gathering, scaling and scattering one element costs, in floating point operations of a GEMM."""
+
+
+def rows_and_columns(index: Tensor, inner: int) -> tuple[Tensor, Tensor]:
+    """Places given as (2, k) or flat, row by row, as (k,) -> rows (k,) and columns (k,), int64."""
+    index = index.long()
+    return (index // inner, index % inner) if index.dim() == 1 else (index[0], index[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse(Operator):
+    """`values` (k,) at the places `index` and zeros elsewhere (SHiRA, Super-Tuning, FRoD).
+
+    `index` holds rows and columns, (2, k), or places counted row by row, (k,), of any integer type. Values at one
+    place add up. The matrix is (`out`, `inner`).
+    """
+
+    index: Tensor
+    values: Tensor
+    out: int
+    inner: int
+
+    def __post_init__(self) -> None:
+        expect(self.index.shape[-1] == self.values.shape[0], self, "index (2, k) or (k,) and values (k,) share k")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.inner
+
+    def apply(self, x: Tensor) -> Tensor:
+        rows, cols = rows_and_columns(self.index, self.inner)
+        y = x.new_zeros(*x.shape[:-1], self.out)
+        return y.index_add(-1, rows, x.index_select(-1, cols) * self.values)
+
+    def dense(self) -> Tensor:
+        rows, cols = rows_and_columns(self.index, self.inner)
+        zeros = self.values.new_zeros(self.out * self.inner)
+        return zeros.index_add(0, rows * self.inner + cols, self.values).view(self.out, self.inner)
+
+    def columns(self, index: Tensor) -> Tensor:
+        # Static shapes whatever the places are: every wanted column gets one slot (the last of its duplicates), the
+        # entries of all other columns land in a slot that nobody reads.
+        rows, cols = rows_and_columns(self.index, self.inner)
+        flat = index.reshape(-1)
+        wanted = flat.shape[0]
+        nobody = torch.full((self.inner,), wanted, dtype=torch.long, device=flat.device)
+        slot = nobody.scatter(0, flat, torch.arange(wanted, device=flat.device))
+        found = self.values.new_zeros((wanted + 1) * self.out)
+        found = found.index_add(0, slot[cols] * self.out + rows, self.values).view(wanted + 1, self.out)
+        return found[slot[flat]].reshape(*index.shape, self.out)
+
+    @property
+    def T(self) -> Sparse:
+        rows, cols = rows_and_columns(self.index, self.inner)
+        return Sparse(torch.stack((cols, rows)), self.values, self.inner, self.out)
+
+    def flops(self, tokens: int) -> float:
+        return GATHERED * tokens * self.values.shape[0]
+
+    def flops_dense(self, tokens: int) -> float:
+        return GATHERED * self.values.shape[0] + self.out * self.inner + gemm(tokens, self.out, self.inner)
+
+
+@dataclass(frozen=True, eq=False)
+class Fourier(Operator):
+    """`scale * Re(ifft2(S))`, S holding `values` (k,) at `index` (2, k): FourierFT (arXiv 2405.03003).
+
+    A token needs one real FFT of its own, the k frequencies that S has, and one inverse real FFT.
+    The matrix is (`out`, `inner`).
+    """
+
+    index: Tensor
+    values: Tensor
+    out: int
+    inner: int
+    scale: Scale = 1.0
+
+    def __post_init__(self) -> None:
+        expect(self.index.shape[-1] == self.values.shape[0], self, "index (2, k) or (k,) and values (k,) share k")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.inner
+
+    def apply(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:  # FFTs refuse an empty batch
+            return F.linear(x, self.dense())
+        _, cols = rows_and_columns(self.index, self.inner)
+        mirrored = cols > self.inner // 2
+        spectrum = torch.fft.rfft(widened(x), norm="forward")
+        waves = spectrum.index_select(-1, torch.where(mirrored, self.inner - cols, cols))
+        return self._rows(torch.where(mirrored, waves, waves.conj())).to(x.dtype)
+
+    def _rows(self, waves: Tensor) -> Tensor:
+        """Amplitudes (..., k) of the columns of S -> (..., out), by an inverse FFT over the rows."""
+        rows, _ = rows_and_columns(self.index, self.inner)
+        mirrored = rows > self.out // 2
+        place = torch.where(mirrored, self.out - rows, rows)
+        # irfft counts a frequency and its mirror image, but 0 and out / 2 once
+        weight = torch.where((place == 0) | (2 * place == self.out), 1.0, 0.5).to(self.values.dtype)
+        waves = waves * (widened(self.values) * widened(weight))
+        half = waves.new_zeros(*waves.shape[:-1], self.out // 2 + 1)
+        half = half.index_add(-1, place, torch.where(mirrored, waves.conj(), waves))
+        return scaled(torch.fft.irfft(half, n=self.out), self.scale)
+
+    def dense(self) -> Tensor:
+        grid = Sparse(self.index, widened(self.values), self.out, self.inner).dense()
+        return scaled(torch.fft.ifft2(grid).real, self.scale).to(self.values.dtype)
+
+    def columns(self, index: Tensor) -> Tensor:
+        if index.numel() == 0:
+            return F.embedding(index, self.dense().mT)
+        _, cols = rows_and_columns(self.index, self.inner)
+        turn = (index[..., None] * cols % self.inner).to(widened(self.values).dtype)
+        wave = torch.polar(torch.full_like(turn, 1 / self.inner), turn * (2 * math.pi / self.inner))
+        return self._rows(wave).to(self.values.dtype)
+
+    @property
+    def T(self) -> Fourier:
+        rows, cols = rows_and_columns(self.index, self.inner)
+        return Fourier(torch.stack((cols, rows)), self.values, self.inner, self.out, self.scale)
+
+    def _flops_fft(self) -> float:
+        return sum(2.5 * size * math.log2(max(size, 2)) for size in self.shape)
+
+    def flops(self, tokens: int) -> float:
+        return tokens * (self._flops_fft() + 2 * GATHERED * self.values.shape[0])
+
+    def flops_dense(self, tokens: int) -> float:
+        build = 5.0 * self.out * self.inner * math.log2(max(self.out * self.inner, 2))
+        return GATHERED * self.values.shape[0] + build + gemm(tokens, self.out, self.inner)
+
+
+@dataclass(frozen=True, eq=False)
+class WaveletSynthesis(Operator):
+    """One level of the inverse wavelet transform, from coefficients to a signal of length `out`.
+
+    The coefficients are the approximation and the detail, one after the other, each of length
+    `(out + out mod 2 + L - 2) / 2`. Shapes: `low` and `high` (L,), the reconstruction filters, L even.
+    """
+
+    low: Tensor
+    high: Tensor
+    out: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.out + self.out % 2 + self.low.shape[0] - 2
+
+    def _filters(self) -> tuple[Tensor, int]:
+        return torch.stack((self.low, self.high))[:, None], self.low.shape[0] - 2
+
+    def apply(self, x: Tensor) -> Tensor:
+        filters, padding = self._filters()
+        bands = x.reshape(-1, 2, self.shape[1] // 2)
+        signal = F.conv_transpose1d(bands, filters, stride=2, padding=padding)
+        return signal[:, 0, : self.out].reshape(*x.shape[:-1], self.out)
+
+    def analyse(self, x: Tensor) -> Tensor:
+        """Signals (..., out) -> (..., in): the transpose."""
+        filters, padding = self._filters()
+        signal = F.pad(x.reshape(-1, 1, self.out), (0, self.out % 2))
+        return F.conv1d(signal, filters, stride=2, padding=padding).reshape(*x.shape[:-1], self.shape[1])
+
+    def flops(self, tokens: int) -> float:
+        return gemm(tokens, self.shape[1], self.low.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Wavelet(Operator):
+    """`scale` times the 2-D inverse wavelet transform of few coefficients: WaveFT (arXiv 2505.12532).
+
+    `values` (k,) lie at `index`, (2, k) or flat (k,), of an (`out`, `inner`) matrix that is padded to even sizes, and
+    by the length L of the filters less two, half of it before. Its quadrants are the approximation, the details
+    along the rows' axis (right) and the columns' axis (below), and those of both. Shapes: `low`, `high` (L,).
+    """
+
+    index: Tensor
+    values: Tensor
+    low: Tensor
+    high: Tensor
+    out: int
+    inner: int
+    scale: Scale = 1.0
+
+    def __post_init__(self) -> None:
+        even = self.low.shape == self.high.shape and self.low.shape[0] % 2 == 0
+        expect(even, self, "low and high are two filters of one even length")
+        expect(self.index.shape[-1] == self.values.shape[0], self, "index (2, k) or (k,) and values (k,) share k")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.inner
+
+    def _parts(self) -> tuple[WaveletSynthesis, Sparse, WaveletSynthesis]:
+        """Left synthesis, coefficients, right synthesis: the matrix is `left @ coefficients @ right.T`."""
+        left = WaveletSynthesis(self.low, self.high, self.out)
+        right = WaveletSynthesis(self.low, self.high, self.inner)
+        (rows, cols), before = rows_and_columns(self.index, self.inner), self.low.shape[0] // 2 - 1
+        tall, wide = left.shape[1] // 2, right.shape[1] // 2
+        rows, cols = rows + before, cols + before
+        down, along = rows // tall, cols // wide
+        # The quadrant on the right holds the detail along the rows' axis: in a separable transform it lies below.
+        place = torch.stack((rows % tall + along * tall, cols % wide + down * wide))
+        return left, Sparse(place, scaled(self.values, self.scale), 2 * tall, 2 * wide), right
+
+    def apply(self, x: Tensor) -> Tensor:
+        left, middle, right = self._parts()
+        return left.apply(middle.apply(right.analyse(x)))
+
+    def dense(self) -> Tensor:
+        left, middle, right = self._parts()
+        return left.apply(right.apply(middle.dense()).mT).mT
+
+    def flops(self, tokens: int) -> float:
+        left, middle, right = self._parts()
+        return left.flops(tokens) + middle.flops(tokens) + right.flops(tokens)
+
+    def flops_dense(self, tokens: int) -> float:
+        left, middle, right = self._parts()
+        build = right.flops(left.shape[1]) + left.flops(self.inner) + middle.flops_dense(0)
+        return build + gemm(tokens, self.out, self.inner)

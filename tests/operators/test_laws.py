@@ -1,0 +1,244 @@
+"""The laws of every operator: whatever it does fast, it does what its dense matrix does.
+
+To add an operator to all of them, add a sample: a function of a source of tensors and of three small sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft import operators as ops
+from peft.operators import Operator, act
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@dataclass
+class Source:
+    """Random tensors, kept in the order of asking; given `replay`, it hands those out instead."""
+
+    seed: int = 0
+    replay: list[Tensor] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)
+
+    def _next(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        if self.replay:
+            value = self.replay[len(self.given)]
+        else:
+            value = draw(torch.Generator().manual_seed(self.seed + len(self.given)))
+        self.given.append(value)
+        return value
+
+    def __call__(self, *shape: int) -> Tensor:
+        return self._next(lambda g: torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_())
+
+    def places(self, out: int, inner: int, k: int) -> Tensor:
+        """k distinct places of a matrix, (2, k)."""
+        return self._next(lambda g: torch.stack(_divmod(torch.randperm(out * inner, generator=g)[:k], inner)))
+
+    def orders(self, count: int, size: int) -> Tensor:
+        return self._next(lambda g: torch.stack([torch.randperm(size, generator=g) for _ in range(count)]))
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [tensor for tensor in self.given if tensor.is_floating_point()]
+
+
+def _divmod(flat: Tensor, inner: int) -> tuple[Tensor, Tensor]:
+    return flat // inner, flat % inner
+
+
+def low_rank(s: Source, out: int, inner: int, r: int) -> Operator:
+    return ops.LowRank(s(r, inner), s(out, r), 0.5)
+
+
+def packed(s: Source, size: int, blocks: int) -> Tensor:
+    return s(blocks, size * (size - 1) // 2)
+
+
+def places(s: Source, out: int, inner: int, k: int) -> tuple[Tensor, Tensor]:
+    k = min(k, out * inner)
+    return s.places(out, inner, k), s(k)
+
+
+SAMPLES: dict[str, Callable[[Source, int, int, int], Operator]] = {
+    "dense": lambda s, p, q, r: ops.Dense(s(p, q)),
+    "diagonal": lambda s, p, q, r: ops.Diagonal(s(p)),
+    "identity": lambda s, p, q, r: ops.Identity(p, torch.float64),
+    "zero": lambda s, p, q, r: ops.Zero(p, q, torch.float64),
+    "low_rank": lambda s, p, q, r: low_rank(s, 2 * p, q, r),
+    "low_rank_learnt_scale": lambda s, p, q, r: ops.LowRank(s(r, q), s(p, r), s()),
+    "low_rank_grouped": lambda s, p, q, r: ops.LowRank(s(3 * r, q), s(3 * p, r), 2.0, groups=3),
+    "bilinear": lambda s, p, q, r: ops.Bilinear(s(r, q), s(2, r), s(p, 2), 3.0),
+    "bilinear_operator": lambda s, p, q, r: ops.Bilinear(s(r, q), ops.Diagonal(s(r)), s(p, r)),
+    "diagonal_low_rank": lambda s, p, q, r: ops.DiagonalLowRank(s(r, q), s(p, r), s(r), s(p)),
+    "kronecker": lambda s, p, q, r: ops.Kronecker(s(p, q), s(r, 3), 0.5),
+    "kronecker_tall": lambda s, p, q, r: ops.Kronecker(s(1, 4), s(4 * p, 2), s()),
+    "kronecker_low_rank": lambda s, p, q, r: ops.Kronecker(ops.Dense(s(p, q)), low_rank(s, 5, 4, r)),
+    "hadamard_thin": lambda s, p, q, r: ops.HadamardLowRank(s(9 * p, 1), s(1, 9 * q), s(9 * p, 2), s(2, 9 * q), 0.5),
+    "hadamard_thick": lambda s, p, q, r: ops.HadamardLowRank(s(p, r), s(r, q), s(p, r), s(r, q)),
+    "block_diagonal": lambda s, p, q, r: ops.BlockDiagonal(s(r, p, q)),
+    "low_rank_grid": lambda s, p, q, r: ops.LowRankGrid(s(2, q, 2 * r), s(2, 2 * r, p), 0.5),
+    "block_circulant": lambda s, p, q, r: ops.BlockCirculant(s(p, q, r)),
+    "fold": lambda s, p, q, r: ops.Fold(s(r, p), p, 3 * q),
+    "fold_mini": lambda s, p, q, r: ops.Fold(s(r, p), 3 * p, 3 * q),
+    "givens": lambda s, p, q, r: ops.Givens(s(2 * p * q), s(2 * p * q), 2 * p),
+    "householder": lambda s, p, q, r: ops.Householder(s(p + q, r)),
+    "cayley": lambda s, p, q, r: ops.Cayley(packed(s, p, q), p, q),
+    "cayley_shared": lambda s, p, q, r: ops.Cayley(packed(s, p, 1), p, q),
+    "neumann": lambda s, p, q, r: ops.Neumann(packed(s, p, q), p, q),
+    "neumann_terms": lambda s, p, q, r: ops.Neumann(packed(s, p, q), p, q, terms=r + 1),
+    "butterfly": lambda s, p, q, r: ops.Butterfly(s(r, p, q, q), s.orders(r, p * q)),
+    "sparse": lambda s, p, q, r: ops.Sparse(*places(s, p, q, 2 * r), p, q),
+    "sparse_flat": lambda s, p, q, r: ops.Sparse((s.places(p, q, 2)[0] * q).int(), s(min(2, p * q)), p, q),
+    "fourier": lambda s, p, q, r: ops.Fourier(*places(s, p + q, q, 2 * r), p + q, q, 2.0),
+    "fourier_transposed": lambda s, p, q, r: ops.Fourier(*places(s, p, q, 3 * r), p, q).T,
+    "wavelet_synthesis": lambda s, p, q, r: ops.WaveletSynthesis(s(2 * r), s(2 * r), p),
+    "wavelet": lambda s, p, q, r: ops.Wavelet(*places(s, p, q, 3), s(2 * r), s(2 * r), p, q, 0.5),
+    "sum": lambda s, p, q, r: ops.Sum((low_rank(s, p, q, r), ops.Dense(s(p, q)))),
+    "sum_low_rank": lambda s, p, q, r: ops.Sum((low_rank(s, p, q, r), low_rank(s, p, q, 1))),
+    "product": lambda s, p, q, r: ops.Product(ops.Dense(s(p, q)), ops.Diagonal(s(q))),
+    "product_low_rank": lambda s, p, q, r: ops.Product(low_rank(s, p, q, r), ops.Householder(s(q, 2))),
+    "product_low_rank_right": lambda s, p, q, r: ops.Product(ops.BlockDiagonal(s(2, p, q)), low_rank(s, 2 * q, 5, r)),
+    "scaled": lambda s, p, q, r: ops.Scaled(low_rank(s, p, q, r), s()),
+    "transposed": lambda s, p, q, r: ops.Transposed(low_rank(s, p, q, r)),
+}
+
+every = pytest.mark.parametrize("name", SAMPLES)
+sizes = st.integers(1, 4)
+
+
+def build(name: str, p: int = 2, q: int = 3, r: int = 2, seed: int = 0) -> tuple[Operator, Source]:
+    source = Source(seed)
+    return SAMPLES[name](source, p, q, r), source
+
+
+def inputs(op: Operator, *batch: int) -> Tensor:
+    return torch.randn(*batch, op.shape[1], generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+
+
+def test_every_operator_has_a_sample() -> None:
+    seen = {type(build(name)[0]).__name__ for name in SAMPLES}
+    assert seen == {name for name in ops.__all__ if name[0].isupper()} - {"Operator"}
+
+
+@every
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(p=sizes, q=sizes, r=sizes, seed=st.integers(0, 1000))
+def test_whatever_it_does_equals_its_dense_matrix(name: str, p: int, q: int, r: int, seed: int) -> None:
+    op, _ = build(name, p, q, r, seed)
+    dense, x = op.dense(), inputs(op, 5)
+    index = torch.randint(op.shape[1], (2, 3), generator=torch.Generator().manual_seed(seed))
+
+    assert dense.shape == op.shape
+    torch.testing.assert_close(op.apply(x), x @ dense.T, **EXACT)
+    torch.testing.assert_close(act(op, x), x @ dense.T, **EXACT)
+    torch.testing.assert_close(op.columns(index), dense.T[index], **EXACT)
+    assert op.T.shape == op.shape[::-1]
+    torch.testing.assert_close(op.T.dense(), dense.T, **EXACT)
+    torch.testing.assert_close(op.T.T.dense(), dense, **EXACT)
+    y = torch.randn(4, op.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(op.T.apply(y), y @ dense, **EXACT)
+    if (pair := op.factors()) is not None:
+        torch.testing.assert_close(pair[0] @ pair[1], dense, **EXACT)
+    assert op.flops(7) >= 0
+    assert op.flops_dense(7) >= 2 * 7 * dense.numel()
+
+
+@every
+@pytest.mark.parametrize("way", ["apply", "columns", "transpose", "factors"])
+def test_gradients_equal_those_of_the_dense_matrix(name: str, way: str) -> None:
+    op, source = build(name)
+    x = inputs(op, 4).requires_grad_()
+    index = torch.tensor([0, op.shape[1] - 1, 0])
+    y = inputs(op.T, 4).requires_grad_()
+    if way == "apply":
+        fast, slow, at = op.apply(x), x @ op.dense().T, x
+    elif way == "columns":
+        fast, slow, at = op.columns(index), op.dense().T[index], x
+    elif way == "transpose":
+        fast, slow, at = op.T.apply(y), y @ op.dense(), y
+    elif (pair := op.factors()) is not None:
+        fast, slow, at = pair[0] @ pair[1], op.dense(), x
+    else:
+        pytest.skip("not of low rank by construction")
+
+    def gradients(result: Tensor) -> list[Tensor]:
+        if not result.requires_grad:
+            return []
+        weights = torch.linspace(-1, 2, result.numel(), dtype=result.dtype).view_as(result)
+        wanted = [at, *source.leaves]
+        grads = torch.autograd.grad((result * weights).sum(), wanted, allow_unused=True)
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=True)]
+
+    for mine, theirs in zip(gradients(fast), gradients(slow), strict=False):
+        torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@every
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,), (2, 0)])
+def test_any_batch_shape(name: str, batch: tuple[int, ...]) -> None:
+    op, _ = build(name)
+    x = inputs(op, *batch)
+    for y in (op.apply(x), act(op, x)):
+        assert y.shape == (*batch, op.shape[0])
+        torch.testing.assert_close(y, x @ op.dense().T, **EXACT)
+    index = torch.zeros(batch, dtype=torch.long)
+    assert op.columns(index).shape == (*batch, op.shape[0])
+
+
+@every
+def test_inputs_need_not_be_contiguous(name: str) -> None:
+    op, _ = build(name)
+    x = inputs(op, 4, 3)
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1).mT.contiguous().mT
+    assert not strided.is_contiguous() or op.shape[1] == 1
+    torch.testing.assert_close(op.apply(strided), op.apply(x), **EXACT)
+
+
+@every
+def test_to_casts_every_floating_tensor_and_only_once(name: str) -> None:
+    op, _ = build(name)
+    assert op.to(torch.float64) is op
+    single = op.to(torch.float32)
+    assert single.dense().dtype == single.like().dtype == torch.float32
+    torch.testing.assert_close(single.dense().double(), op.dense(), rtol=1e-4, atol=1e-4)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_result_has_the_dtype_of_the_operator(name: str, dtype: torch.dtype) -> None:
+    op, _ = build(name)
+    low, x = op.to(dtype), inputs(op, 4)
+    close = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]
+    expected = op.apply(x)
+    size = (x.norm() * op.dense().norm()).item() + 1e-6
+    for y in (low.apply(x.to(dtype)), act(low, x.to(dtype)), x.to(dtype) @ low.dense().T):
+        assert y.dtype == dtype
+        assert (y.double() - expected).norm().item() <= close * size
+    assert low.columns(torch.tensor([0])).dtype == dtype
+
+
+@every
+def test_construction_and_use_compile_in_one_graph(name: str) -> None:
+    op, source = build(name)
+    index = torch.tensor([0])
+
+    def use(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        made = SAMPLES[name](Source(replay=list(tensors)), 2, 3, 2).to(torch.float64)
+        pair = made.factors()
+        rest = (pair[0] @ pair[1],) if pair is not None else ()
+        return act(made, x), made.apply(x), made.dense(), made.columns(index), made.T.dense(), *rest
+
+    torch._dynamo.reset()
+    x = inputs(op, 3)
+    compiled = torch.compile(use, fullgraph=True, backend="eager")(x, *source.given)
+    for mine, theirs in zip(compiled, use(x, *source.given), strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT)
