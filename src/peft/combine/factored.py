@@ -186,12 +186,21 @@ def recompress(
     total = stack([Factors(wide(t.A), wide(t.B)) for t in terms])
     dtype = dtype or result_dtype(terms)
     (left, right), core = _core(total)
+    if not core.is_meta and torch.linalg.vector_norm(core) <= _rounding(total):
+        core = torch.zeros_like(core)  # the terms cancel; what is left is noise, with no directions worth a rank
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     keep = choose_rank(s, rank, dtype)
     result = balanced(left @ u[..., :keep], s[..., :keep], vh[..., :keep, :] @ right.mT, clamp).to(dtype)
     if total.A.is_meta:
         return result, math.nan
-    return result, relative(distance(total, result), float(torch.linalg.vector_norm(core)))
+    norm = float(torch.linalg.vector_norm(core))
+    return result, relative(distance(total, result) if norm else 0.0, norm)
+
+
+def _rounding(f: Factors) -> Tensor:
+    """The size of the rounding errors in `f.B @ f.A` when the product cancels."""
+    eps = torch.finfo(f.A.dtype).eps
+    return 4 * eps * torch.linalg.vector_norm(f.A) * torch.linalg.vector_norm(f.B)
 
 
 def result_dtype(terms: Sequence[Factors]) -> torch.dtype:
