@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
 from peft.checkpoint import strict_json
-from peft.checkpoint.header import regular_size
+from peft.checkpoint.header import corrupt, regular_size
 from peft.errors import AdapterNotFoundError, CorruptFileError, SaveError, nearest
 
 try:
@@ -78,6 +78,22 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
             f"{os.fspath(path)!r} has {size:,} bytes; a config has at most {MAX_CONFIG_BYTES:,}. Is it the right file?"
         )
     return strict_json.loads(Path(path).read_bytes(), path)
+
+
+def shard_map(path: str | os.PathLike) -> dict[str, str]:
+    """Tensor name to file name, from the `….index.json` of a sharded checkpoint. The shards lie in the same folder.
+
+    Raises:
+        AdapterNotFoundError: no such file.
+        CorruptFileError: not an index, or a shard that is not the bare name of a weights file.
+    """
+    where = read_config(path).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise corrupt(path, "its 'weight_map' does not map tensor names to file names")
+    for shard in set(where.values()):
+        if not is_bare(shard) or not shard.endswith((".safetensors", ".bin")):
+            raise corrupt(path, f"the shard {shard!r} is not the bare name of a weights file in the same folder")
+    return where
 
 
 def locate(
@@ -274,9 +290,9 @@ def _replace(folder: Path, contents: Mapping[str, bytes | str | Writable], remov
             _discard(journal)
         except OSError:
             raise SaveError(
-                f"Saving to {str(folder)!r} stopped half-way ({error}), and so did putting the old files back. Nothing is "
-                f"lost: the new files are whole in {_JOURNAL!r} there, are read from it, and the next save puts them "
-                "in place."
+                f"Saving to {str(folder)!r} stopped half-way ({error}), and so did putting the old files back. "
+                f"Nothing is lost: the new files are whole in {_JOURNAL!r} there, are read from it, and the next save "
+                "puts them in place."
             ) from error
         raise
     return sizes
@@ -331,13 +347,14 @@ def _publish(folder: Path, new: Path, old: Path, moving: Path) -> None:
 def _recover(folder: Path) -> None:
     """Finish a save that was killed after its commit, and sweep away those killed before."""
     journal = folder / _JOURNAL
-    if os.path.lexists(journal):
+    if (journal / "new").is_dir() and (journal / "old").is_dir():
         again = journal / "again"
         shutil.rmtree(again, ignore_errors=True)
         os.mkdir(again)
         for name in os.listdir(journal / "new"):
             _duplicate(journal / "new" / name, again / name)
         _publish(folder, journal / "new", journal / "old", again)
+    if os.path.lexists(journal):
         _discard(journal)
     for name in os.listdir(folder):
         if name.startswith(_STAGE):

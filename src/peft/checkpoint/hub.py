@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft.checkpoint import files
 from peft.errors import AdapterNotFoundError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
@@ -39,7 +40,10 @@ def fetch(repo_id: str, names: Sequence[str], *, subfolder: str | None = None, *
     unreachable: Exception | None = None
     for name in names:
         try:
-            return Path(huggingface_hub.hf_hub_download(repo_id, name, subfolder=subfolder, **options))
+            path = Path(huggingface_hub.hf_hub_download(repo_id, name, subfolder=subfolder, **options))
+            for shard in sorted(set(files.shard_map(path).values())) if name.endswith(".index.json") else ():
+                huggingface_hub.hf_hub_download(repo_id, shard, subfolder=subfolder, **options)
+            return path
         except LocalEntryNotFoundError as error:  # offline and not in the cache; the next name may be
             unreachable = error
         except EntryNotFoundError:
@@ -57,9 +61,9 @@ def fetch(repo_id: str, names: Sequence[str], *, subfolder: str | None = None, *
 def _not_fetched(repo_id: str, wanted: str, error: Exception) -> AdapterNotFoundError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return AdapterNotFoundError(
-        f"There is no folder {repo_id!r} in {str(Path.cwd())!r}, and {wanted} could not be had from the hub either: "
-        f"{type(error).__name__}: {reason} Check the name and `revision`, log in (`hf auth login`) if the repository is "
-        "private or gated, or download it beforehand and pass the folder."
+        f"There is no folder {repo_id!r} in {str(Path.cwd())!r}, and {wanted} could not be had from the hub: "
+        f"{type(error).__name__}: {reason} Check the name and `revision`, log in (`hf auth login`) if the repository "
+        "is private or gated, or download it beforehand and pass the folder."
     )
 
 
@@ -83,7 +87,7 @@ def push(
         private: Whether a repository that is created now is private (default: as the organisation sets it).
 
     Raises:
-        OSError: the hub can't be reached, or refuses. The saved files were in a temporary folder; nothing local changed.
+        OSError: the hub can't be reached, or refuses. Nothing local has changed.
     """
     import huggingface_hub
 

@@ -14,12 +14,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-from peft.checkpoint import files, strict_json
+from peft.checkpoint import files
 from peft.checkpoint import header as headers
 from peft.checkpoint.header import Header, corrupt
 from peft.errors import CorruptFileError, SaveError
 
-MAX_INDEX_BYTES = headers.MAX_HEADER_BYTES
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES: Mapping[str, str] = {
     "F64": "float64",
@@ -140,15 +139,8 @@ def _not_plain(value: object) -> str | None:
 
 
 def _read_shards(path: Path, device: torch.device, limit_bytes: int | None) -> dict[str, Tensor]:
-    if headers.regular_size(path) > MAX_INDEX_BYTES:
-        raise corrupt(path, f"an index may have {MAX_INDEX_BYTES} bytes")
-    where = strict_json.loads(path.read_bytes(), path).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
-        raise corrupt(path, "its 'weight_map' does not map tensor names to file names")
+    where = files.shard_map(path)
     shards = sorted(set(where.values()))
-    for shard in shards:
-        if not files.is_bare(shard) or not shard.endswith((".safetensors", ".bin")):
-            raise corrupt(path, f"the shard {shard!r} is not the bare name of a weights file in the same folder")
     _limit(path, sum(headers.regular_size(path.parent / shard) for shard in shards), limit_bytes)
     found: dict[str, Tensor] = {}
     for shard in shards:
