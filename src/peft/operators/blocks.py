@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, expect, gemm, scaled, widened
+from peft.operators.base import Operator, Scale, expect, gemm, rfft_flops, scaled, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +142,7 @@ class BlockCirculant(Operator):
 
     def flops(self, tokens: int) -> float:
         rows, cols, size = self.kernel.shape
-        transforms = 2.5 * size * math.log2(max(size, 2)) * (tokens * (rows + cols) + rows * cols)
+        transforms = rfft_flops(size) * (tokens * (rows + cols) + rows * cols)
         return transforms + 8.0 * tokens * rows * cols * (size // 2 + 1)
 
     def flops_dense(self, tokens: int) -> float:
