@@ -146,6 +146,9 @@ REFUSED = {
     *product(["lora_bias"], [x for x in LAYERS if "Embedding" in x]),
 }
 
+#: The reference abbreviates the targets of models with fused experts, to names that depend on the order of a set.
+SPELLED_FREELY = {"mixtral_all_linear": ["target_modules"]}
+
 
 def _merges(option: str, layer: str) -> bool:
     """Whether the reference can merge the cell: not for groups, nor a bias of B without a bias to add it to."""
@@ -183,7 +186,7 @@ def test_born_alike(pair, case):
 
 @every_case
 def test_written_alike(pair, case):
-    compare.check_files(pair, case)
+    compare.check_files(pair, case, SPELLED_FREELY.get(case.name, ()))
 
 
 @every_case

@@ -6,7 +6,9 @@ Every action takes and returns plain values (numbers, strings, tensors), because
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
+import pydoc
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,6 +189,18 @@ def config_json(config: Config) -> dict[str, Any]:
     return {key: plain(value) for key, value in config.make().to_dict().items()}
 
 
+def signature(path: str) -> list[tuple[str, str, str]]:
+    """Name, kind and default of each parameter of a function or class given by its dotted path."""
+
+    def shown(default: Any) -> str:
+        if default is inspect.Parameter.empty:
+            return "required"
+        return default.__name__ if isinstance(default, type) else repr(getattr(default, "value", default))
+
+    parameters = inspect.signature(pydoc.locate(path)).parameters.values()
+    return [(p.name, p.kind.name, shown(p.default)) for p in parameters]
+
+
 def call(expression: str, **names: Any) -> Any:
     """Evaluate an expression in the presence of `peft`, `torch` and `models`: for facts too small for an action."""
     return eval(expression, {"peft": peft, "torch": torch, "models": models, **names})
@@ -195,7 +209,7 @@ def call(expression: str, **names: Any) -> Any:
 ACTIONS = {
     action.__name__: action
     for action in (
-        birth, write, read, error, several, read_several, combine, inject, status, config_json, call,
+        birth, write, read, error, several, read_several, combine, inject, status, config_json, signature, call,
     )
 }  # fmt: skip
 
