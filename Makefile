@@ -55,8 +55,8 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 # The reference implementation, apart from the environment: the tests run it in processes of its own.
-$(REFERENCE)/.installed: constraints.txt | $(BIN)/python
+$(REFERENCE)/.installed: tests/reference/install.py | $(BIN)/python
 	@echo "Installing the reference implementation into $(REFERENCE) ..."
 	@rm -rf $(REFERENCE)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(REFERENCE) peft==0.21.2
+	@PEFT_REFERENCE=$(abspath $(REFERENCE)) $(BIN)/python -c 'from tests.reference.install import ensure_reference as go; go()'
 	@touch $@
