@@ -19,9 +19,9 @@ IMPORTS = {
         FourierFTConfig FourierFTModel IA3Config LoHaConfig LoKrConfig LoftQConfig LoraConfig LoraModel OFTConfig
         PeftConfig PeftMixedModel PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM
         PeftModelForSequenceClassification PeftModelForTokenClassification PeftType PrefixTuningConfig
-        PromptEncoderConfig PromptLearningConfig PromptTuningConfig TaskType VeraConfig VeraModel __version__ get_model_status get_peft_config get_peft_model
-        get_peft_model_state_dict inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training
-        set_peft_model_state_dict
+        PromptEncoderConfig PromptLearningConfig PromptTuningConfig TaskType VeraConfig VeraModel __version__
+        get_model_status get_peft_config get_peft_model get_peft_model_state_dict inject_adapter_in_model
+        load_peft_weights prepare_model_for_kbit_training set_peft_model_state_dict
     """,
     "peft.config": "PeftConfigMixin PeftConfig",
     "peft.functional": "delete_adapter",
