@@ -4,7 +4,7 @@ Saving. A file system swaps one name atomically, not several, so `save` keeps a 
 
     1. stage     write everything to `.peft-save-XXXX/new/`, hard-link what it replaces into `…/old/`, fsync
     2. commit    rename the stage to `.peft-commit`: from here on the new adapter is the truth
-    3. publish   put each new file over its old one (config last), remove what is stale
+    3. publish   put each new file over its old one, remove what is stale, the config last
     4. retire    rename `.peft-commit` away, delete it
 
 Killed before 2, the folder is untouched but for a stage that the next save sweeps away. Killed after 2, `locate` reads
@@ -332,15 +332,15 @@ def _publish(folder: Path, new: Path, old: Path, moving: Path) -> None:
 
     `new` and `old` themselves stay whole: the journal says the same before, during and after this.
     """
-    coming = sorted(os.listdir(new), key=lambda name: (name == CONFIG_NAME, name))
-    going = sorted(set(os.listdir(old)) - set(coming))
-    if CONFIG_NAME in coming and len(coming) + len(going) > 1:
+    coming = set(os.listdir(new))
+    going = set(os.listdir(old)) - coming
+    if CONFIG_NAME in coming and len(coming | going) > 1:
         _unlink(folder / CONFIG_NAME)
-    for name in coming:
-        if os.path.lexists(moving / name):
-            os.replace(moving / name, folder / name)
-    for name in going:
+    for name in sorted(coming - {CONFIG_NAME}):
+        _move(moving / name, folder / name)
+    for name in sorted(going):
         _unlink(folder / name)
+    _move(moving / CONFIG_NAME, folder / CONFIG_NAME)
     _sync(folder)
 
 
@@ -408,6 +408,11 @@ def _make(folder: Path, made: list[Path]) -> None:
         _make(folder.parent, made)
     os.mkdir(folder)
     made.append(folder)
+
+
+def _move(source: Path, target: Path) -> None:
+    if os.path.lexists(source):
+        os.replace(source, target)
 
 
 def _unlink(path: Path) -> None:

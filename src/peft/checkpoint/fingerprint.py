@@ -1,7 +1,7 @@
-"""Is this the base model that the adapter was made for? A few numbers of each adapted tensor, kept in the file's header.
+"""Is this the base model that the adapter was made for? A few numbers of each adapted tensor, in the file's header.
 
-Of every adapted base tensor (of `MAX_TENSORS` spread over them, in large models) the fingerprint keeps the shape, whether
-it is quantised, and a few elements at fixed places. That costs one small gather per tensor and 100 bytes in the header.
+Of every adapted base tensor (of `MAX_TENSORS` spread over them, in large models) the fingerprint keeps the shape,
+whether it is quantised, and a few elements at fixed places: one small gather per tensor, 100 bytes in the header.
 Equal models agree after a cast between float32, bfloat16 and float16; other weights, a fine-tune of the same model
 included, differ somewhere. A quantised model keeps no values to compare: it is known by its names and shapes.
 """
@@ -92,8 +92,7 @@ def sketch(
     samples = _sample({name: tensors[name] for name in chosen if kinds[name] == FLOAT})  # type: ignore[misc]
     entries = {}
     for name in chosen:
-        tensor = tensors[name]
-        shape = shapes[name] if name in shapes else tensor.shape if tensor is not None else ()
+        shape = shapes.get(name, getattr(tensors[name], "shape", ()))
         entries[name] = [[int(n) for n in shape], kinds[name], samples.get(name)]
     return {"version": VERSION, "count": len(tensors), "tensors": entries}
 

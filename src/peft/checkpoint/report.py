@@ -45,10 +45,10 @@ class LoadReport:
         source: The file, for messages.
 
     Example:
-        >>> report = LoadReport.between({"model.layers.0.q.lora_A.weight": (8, 64)}, {"layers.0.q.lora_A.weight": (8, 64)})
+        >>> report = LoadReport.between({"model.layers.0.q.lora_A": (8, 64)}, {"layers.0.q.lora_A": (8, 64)})
         >>> missing, unexpected = report
         >>> report.suggestions
-        {'layers.0.q.lora_A.weight': 'model.layers.0.q.lora_A.weight'}
+        {'layers.0.q.lora_A': 'model.layers.0.q.lora_A'}
         >>> print(report.cause)
         Modules were renamed: what the model calls 'model.layers…' the file calls 'layers…'.
     """
@@ -106,11 +106,7 @@ class LoadReport:
         if self.ok:
             return f"All tensors{where} match the model."
         unexpected = [f"{n} → {self.suggestions[n]}?" if n in self.suggestions else n for n in self.unexpected_keys]
-        parts = (
-            [f"The adapter{where} does not fit the model.", self.cause]
-            if self.cause
-            else [f"The adapter{where} does not fit the model."]
-        )
+        parts = [f"The adapter{where} does not fit the model.", *([self.cause] if self.cause else [])]
         parts += _listed("missing in the file", self.missing_keys)
         parts += _listed("in the file, but not in the model", unexpected)
         parts += _listed("of another shape", [str(item) for item in self.mismatched])
@@ -207,8 +203,8 @@ def _other_depth(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         return ""
     has, lacks = ("file", "model") if unexpected else ("model", "file")
     return (
-        f"The {lacks} ends at layer {run[0] - 1} and the {has} goes on to layer {run[-1]}: the adapter belongs to a base "
-        "model of another depth, or to another layers_to_transform."
+        f"The {lacks} ends at layer {run[0] - 1} and the {has} goes on to layer {run[-1]}: the adapter belongs to a "
+        "base model of another depth, or to another layers_to_transform."
     )
 
 
@@ -244,23 +240,24 @@ def _other_sizes(mismatched: Sequence[Mismatch]) -> str:
         changes.update({pair for pair in zip(item.expected, item.found, strict=True) if pair[0] != pair[1]})
     if not changes:
         return ""
-    (ours, theirs), count = changes.most_common(1)[0]
-    if count == len(mismatched) and len(changes) == 1 and all(len(_differing(item)) == 1 for item in mismatched):
-        pairs = {_slot(item.name): _differing(item)[0] for item in mismatched}
-        if len(set(pairs.values())) > 1 or max(ours, theirs) <= 256:
-            return f"The adapter was saved with rank (or size) {theirs}, and the config here asks for {ours}."
+    ours, theirs = changes.most_common(1)[0][0]
+    if len(changes) == 1 and all(map(_differs_in_rank, mismatched)):
+        return f"The adapter was saved with rank (or size) {theirs}, and the config here asks for {ours}."
     return (
         f"The adapter was made for another base model: it expects layers of size {theirs}, and here they have {ours}."
     )
 
 
-def _differing(item: Mismatch) -> list[int]:
-    return [i for i, (ours, theirs) in enumerate(zip(item.expected, item.found, strict=True)) if ours != theirs]
+def _differs_in_rank(item: Mismatch) -> bool:
+    """Whether the two differ in their smaller side only: a rank is smaller than the layer around it."""
+    differing = [i for i, (ours, theirs) in enumerate(zip(item.expected, item.found, strict=True)) if ours != theirs]
+    sides = (item.expected, item.found)
+    return len(item.expected) > 1 and len(differing) == 1 and all(s[differing[0]] == min(s) for s in sides)
 
 
 def _other_targets(missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[Mismatch]) -> str:
     if unexpected and not missing and not mismatched:
-        return "The file adapts modules that this config does not: other target_modules, or a part of the base is not here."
+        return "The file adapts modules that this config does not: other target_modules, or a part of the base is gone."
     if missing and not unexpected and not mismatched:
         return "The config adapts modules that the file does not hold: other target_modules, or the file is incomplete."
     return ""

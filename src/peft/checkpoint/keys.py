@@ -1,0 +1,200 @@
+"""Names of tensors in memory and in files: a bijection read off the modules, never guessed from strings.
+
+In memory a tensor is `<layer>.lora_A.<adapter>.weight`; in a file the adapter's name is gone: `<layer>.lora_A.weight`.
+Since each layer says which tensors are an adapter's, adapters named like a path component ("0", "lora_A") are safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft import inject
+from peft.auxiliary import AuxiliaryTrainingWrapper
+from peft.layer import AdaptedLayer, Parts
+from peft.method import WeightMethod, method_of
+from peft.slots import Vector, container
+
+BASE_PREFIX = "base_model.model."
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+
+
+@dataclass
+class Entry:
+    """One tensor of an adapter: its name in the model's state dict, and in files."""
+
+    memory: str
+    disk: str
+    layer: AdaptedLayer | None = None
+
+
+def entries(model: nn.Module, adapter: str, prefix: str = "") -> list[Entry]:
+    """All tensors that a file of the adapter holds, in model order.
+
+    Args:
+        model: The model whose state dict the names are of.
+        adapter: The adapter.
+        prefix: Path of `model` in names.
+    """
+    found: list[Entry] = []
+    done: set[int] = set()
+    for path, module in model.named_modules(prefix=prefix):
+        dot = f"{path}." if path else ""
+        if isinstance(module, AdaptedLayer) and id(module) not in done:
+            found += _of_layer(module, adapter, dot)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter in module.names():
+            for disk, memory in module.adapter_state_dict_load_map(adapter).items():
+                found.append(Entry(dot + memory, dot + disk))
+            done |= {
+                id(m)
+                for m in module.modules()
+                if m is not module and isinstance(m, AdaptedLayer) and m.methods == ("TRAINABLE_TOKENS",)
+            }
+    return [Entry(strip(e.memory), strip(e.disk), e.layer) for e in found]
+
+
+def _of_layer(layer: AdaptedLayer, adapter: str, dot: str) -> list[Entry]:
+    if adapter not in layer._adapters:
+        return []
+    found = []
+    for slot, value in layer.slots(adapter):
+        if not slot.saved:
+            continue
+        stored = layer._stored.get(slot.name, slot.name)
+        if isinstance(value, Vector):
+            found.append(Entry(f"{dot}{stored}.{adapter}.weight", f"{dot}{stored}", layer))
+        elif isinstance(value, nn.Module):
+            for name in value._parameters:
+                if value._parameters[name] is not None:
+                    found.append(Entry(f"{dot}{stored}.{adapter}.{name}", f"{dot}{stored}.{name}", layer))
+        else:
+            found.append(Entry(f"{dot}{stored}.{adapter}", f"{dot}{stored}", layer))
+    return found
+
+
+def strip(name: str) -> str:
+    """A name without what compilation and sharding wrap around modules."""
+    for wrapper in _WRAPPERS[:3]:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def bank_entries(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
+    """Shared tensors of an adapter that files hold: name in the file (without prefix), and the bank."""
+    found = []
+    seen: set[str] = set()
+    for layer in inject.layers(model):
+        if adapter not in layer._adapters:
+            continue
+        config = layer._adapters[adapter]
+        for name in method_of(config).saved_banks(config):
+            if name in layer._banks and name not in seen:
+                seen.add(name)
+                found.append((name, layer._banks[name]))
+    return found
+
+
+def modules_of(state_dict: Mapping[str, Tensor], method: WeightMethod) -> list[str]:
+    """Paths of the layers that the tensors of a file belong to."""
+    stems = {slot.name for slot in method.slots}
+    stems |= {f"{n.rpartition('_')[0]}_embedding_{n.rpartition('_')[2]}" for n in stems}
+    found: dict[str, None] = {}
+    for key in state_dict:
+        parts = key.removeprefix(BASE_PREFIX).split(".")
+        for position, part in enumerate(parts):
+            if part in stems:
+                found[".".join(parts[:position])] = None
+                break
+    return list(found)
+
+
+def to_file(model: nn.Module, found: Iterable[Entry], adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names in the file, after each method's own say on the form in which it saves."""
+    result: dict[str, Tensor] = {}
+    for entry in found:
+        if entry.memory not in tensors:
+            continue
+        tensor = tensors[entry.memory]
+        if entry.layer is None:
+            result[entry.disk] = tensor
+            continue
+        parts = Parts(entry.layer, adapter)
+        path, _, name = _split(entry.disk, entry.layer)
+        for key, value in parts.method.to_file(parts, name, tensor, parts.config).items():
+            result[f"{path}{key}"] = value
+    return result
+
+
+def _split(disk: str, layer: AdaptedLayer) -> tuple[str, str, str]:
+    stems = set(layer._stored.values()) | set(layer._stored)
+    parts = disk.split(".")
+    position = max(i for i, part in enumerate(parts) if part in stems)
+    path = ".".join(parts[:position])
+    return (f"{path}." if path else ""), path, ".".join(parts[position:])
+
+
+def from_file(
+    model: nn.Module, found: Iterable[Entry], adapter: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of a file by their names in memory, and the names of the file that belong nowhere.
+
+    Args:
+        model: The model they are for.
+        found: `entries(model, adapter)`.
+        adapter: The adapter.
+        tensors: By names as `entries` gives them for files.
+    """
+    found = list(found)
+    by_layer: dict[int, tuple[AdaptedLayer, str]] = {}
+    for entry in found:
+        if entry.layer is not None:
+            by_layer[id(entry.layer)] = (entry.layer, _split(entry.disk, entry.layer)[0])
+    remaining = dict(tensors)
+    for layer, path in by_layer.values():
+        parts = Parts(layer, adapter)
+        method = parts.method
+        if type(method).from_file is WeightMethod.from_file:
+            continue
+        own = {
+            k[len(path) :]: remaining.pop(k)
+            for k in list(remaining)
+            if k.startswith(path) and method.owns(k[len(path) :])
+        }
+        remaining.update({f"{path}{k}": v for k, v in method.from_file(parts, own, parts.config).items()})
+    result = {}
+    for entry in found:
+        if entry.disk in remaining:
+            result[entry.memory] = remaining.pop(entry.disk)
+    return result, list(remaining)
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where the parameter or buffer `name` of a module is; what lay on the meta device becomes real."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    held = owner._parameters if leaf in owner._parameters else owner._buffers
+    old = held[leaf]
+    assert old is not None
+    if old.device.type == "meta":
+        held[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    else:
+        with torch.no_grad():
+            old.copy_(tensor)
+
+
+__all__ = [
+    "BASE_PREFIX",
+    "Entry",
+    "assign",
+    "bank_entries",
+    "container",
+    "entries",
+    "from_file",
+    "modules_of",
+    "strip",
+    "to_file",
+]

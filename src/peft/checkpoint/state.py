@@ -1,0 +1,322 @@
+"""The state of one adapter: out of a model, into a model, and to and from files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft import inject
+from peft.auxiliary import AuxiliaryTrainingWrapper
+from peft.checkpoint import files, fingerprint, keys, tensors
+from peft.checkpoint.report import LoadReport
+from peft.config import PeftConfig
+from peft.errors import AdapterNameError, nearest
+from peft.layer import AdaptedLayer
+from peft.method import method_of
+
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def config_of(model: nn.Module, adapter_name: str) -> Any:
+    """The config of an adapter of a model, wrapped or not."""
+    configs = getattr(model, "peft_config", None) or {}
+    if adapter_name not in configs:
+        raise AdapterNameError(f"There is no adapter {adapter_name!r}.{nearest(adapter_name, configs)} Adapters: {list(configs)}.")
+    return configs[adapter_name]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an adapter, by their names in files.
+
+    Args:
+        model: A `PeftModel`, or any model with adapters. Names begin with `base_model.model.` for the former only.
+        state_dict: Take tensors from here (a gathered state dict, say) and not from the model.
+        adapter_name: Which adapter.
+        unwrap_compiled: Look into a compiled model.
+        save_embedding_layers: True adds the base model's embeddings; `"auto"` only those that are trained.
+
+    Returns:
+        Tensors that share memory with the model's.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> sorted(get_peft_model_state_dict(model))
+        ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    config = config_of(model, adapter_name)
+    if config.is_prompt_learning:
+        return model.prompt_state_dict(adapter_name)
+    source = _tensors(model) if state_dict is None else {keys.strip(k): v for k, v in state_dict.items()}
+    result = keys.to_file(model, keys.entries(model, adapter_name), adapter_name, source)
+    for name, bank in keys.bank_entries(model, adapter_name):
+        result[_bank_name(model, name)] = source.get(_bank_name(model, f"{name}.{adapter_name}"), bank[adapter_name])
+    for name, _ in inject.bias_parameters(model, config.bias):
+        result[keys.strip(name)] = source[keys.strip(name)]
+    for name in _embedding_names(model, save_embedding_layers):
+        result.setdefault(name, source[name])
+    return result
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    found.update((name, b) for name, b in model.named_buffers(remove_duplicate=False))
+    return {keys.strip(name): tensor for name, tensor in found.items()}
+
+
+def _bank_name(model: nn.Module, name: str) -> str:
+    return f"base_model.{name}" if hasattr(model, "base_model") and hasattr(model, "peft_type") else name
+
+
+def _embedding_names(model: nn.Module, wanted: bool | str) -> list[str]:
+    if wanted is False:
+        return []
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Embedding, nn.Linear)):
+            continue
+        plain = name.removesuffix(".base_layer").rpartition(".")[2]
+        is_one = isinstance(module, nn.Embedding) or plain in _EMBEDDINGS
+        inside = ".modules_to_save." in name or ".lora_" in name
+        if is_one and not inside and (wanted is True or module.weight.requires_grad):
+            found.append(keys.strip(f"{name}.weight").replace("original_module.", ""))
+    if wanted is True:
+        known = _tensors(model)
+        return [n for n in found if n in known]
+    return found
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    strict: bool = False,
+) -> LoadReport:
+    """Put the tensors of an adapter into a model that has the adapter.
+
+    Args:
+        model: A `PeftModel`, or any model with adapters.
+        peft_model_state_dict: Tensors by their names in files.
+        adapter_name: The adapter to fill.
+        ignore_mismatched_sizes: Leave out tensors of another shape.
+        low_cpu_mem_usage: Adapter tensors on the meta device are replaced either way; kept for callers that say so.
+        strict: Raise for missing and unexpected tensors.
+
+    Returns:
+        A report with `missing_keys` and `unexpected_keys`, by names in memory.
+
+    Raises:
+        LoadError: shapes differ, or `strict` and names do.
+    """
+    config = config_of(model, adapter_name)
+    if config.is_prompt_learning:
+        return model.load_prompt_state_dict(adapter_name, peft_model_state_dict, strict=strict)
+    return load_tensors(model, config, adapter_name, peft_model_state_dict, ignore_mismatched_sizes, strict)
+
+
+def load_tensors(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    ignore_mismatched_sizes: bool = False,
+    strict: bool = True,
+    source: str = "",
+    device: Any = None,
+) -> LoadReport:
+    """`set_peft_model_state_dict` for weight methods, checked before anything is written."""
+    found = keys.entries(model, adapter_name)
+    given = _relative(model, found, state_dict)
+    placed, rest = keys.from_file(model, found, adapter_name, given)
+    placed.update(_take_banks(model, adapter_name, rest, given))
+    extra = {name: p for name, p in inject.bias_parameters(model, config.bias)}  # type: ignore[attr-defined]
+    extra = {keys.strip(name): p for name, p in extra.items()}
+    current = {**_tensors(model), **{k: v.detach() for k, v in extra.items()}}
+    for name in [n for n in rest if n in extra or _is_embedding(n, current)]:
+        placed[name] = given[name]
+        rest.remove(name)
+    expected = {e.memory: current[e.memory].shape for e in found}
+    expected.update({name: p.shape for name, p in extra.items()})
+    shapes = {name: t.shape for name, t in placed.items()} | {_in_memory(n, found, adapter_name): given[n].shape for n in rest}
+    report = LoadReport.between({**expected, **{n: current[n].shape for n in placed if n in current}}, shapes, source)
+    report.raise_if_bad(strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    wrong = {m.name for m in report.mismatched}
+    real = {e.memory: e for e in found}
+    for name, tensor in placed.items():
+        if name in wrong:
+            continue
+        _assign(model, name, tensor, current.get(name), real.get(name), device)
+    _fill_missing(model, config, adapter_name, [n for n in (*report.missing_keys, *wrong) if n in real], real, placed)
+    return report
+
+
+def _relative(model: nn.Module, found: list[keys.Entry], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of a file, with the prefix of a `PeftModel` added or taken away as the model needs it."""
+    wrapped = any(e.disk.startswith(keys.BASE_PREFIX) for e in found)
+    result = {}
+    for name, tensor in state_dict.items():
+        name = keys.strip(name)
+        if wrapped and not name.startswith("base_model."):
+            name = keys.BASE_PREFIX + name
+        elif not wrapped:
+            name = name.removeprefix(keys.BASE_PREFIX)
+        result[name] = tensor
+    return result
+
+
+def _take_banks(model: nn.Module, adapter: str, rest: list[str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shared tensors in the file; those that the config regenerates may be there as well, and win."""
+    placed = {}
+    for bank_name, bank in _all_banks(model, adapter).items():
+        name = _bank_name(model, bank_name)
+        if name in rest:
+            rest.remove(name)
+            placed[_bank_name(model, f"{bank_name}.{adapter}")] = given[name]
+    return placed
+
+
+def _all_banks(model: nn.Module, adapter: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for layer in inject.layers(model):
+        if adapter in layer._adapters:
+            found.update({n: b for n, b in layer._banks.items() if adapter in b})
+    return found
+
+
+def _is_embedding(name: str, current: Mapping[str, Tensor]) -> bool:
+    """Whether a file's tensor is a base embedding that was saved along (`save_embedding_layers`)."""
+    plain = name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
+    return name in current and (plain in _EMBEDDINGS or "embed" in plain)
+
+
+def _in_memory(name: str, found: list[keys.Entry], adapter: str) -> str:
+    """A name of a file as it would be in memory: with the adapter's name, where tensors of that kind have it."""
+    head, _, tail = name.rpartition(".")
+    if tail in ("weight", "bias") and ("lora_" in head or any(e.disk.endswith(f"{head.rpartition('.')[2]}.{tail}") for e in found)):
+        return f"{head}.{adapter}.{tail}"
+    return name
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, old: Tensor | None, entry: keys.Entry | None, device: Any) -> None:
+    if old is None:
+        return
+    place = old.device
+    if place.type == "meta":
+        place = torch.device(device) if device is not None else (entry.layer.host.device if entry and entry.layer else tensor.device)
+        place = torch.device("cpu") if place.type == "meta" else place
+    value = tensor.to(device=place, dtype=old.dtype)
+    # A file's tensor may be mapped from disk; an adapter owns its memory, since the file may be replaced.
+    owned = value.clone() if value.data_ptr() == tensor.data_ptr() and old.device.type == "meta" else value
+    keys.assign(_unwrapped(model), name, owned)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _fill_missing(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter: str,
+    missing: list[str],
+    real: Mapping[str, keys.Entry],
+    placed: Mapping[str, Tensor],
+) -> None:
+    """Give layers whose tensors a file lacks the neutral start of their method, so that nothing random is left."""
+    layers = {id(real[n].layer): real[n].layer for n in missing if real[n].layer is not None}
+    if not layers:
+        return
+    neutral = config
+    for name in ("init_lora_weights", "init_weights"):
+        if getattr(config, name, True) is False:
+            neutral = replace(neutral, **{name: True})
+    for layer in layers.values():
+        assert isinstance(layer, AdaptedLayer)
+        with torch.no_grad():
+            if any(p.device.type == "meta" for p in layer.parameters()):
+                active = layer.active_adapters
+                layer.add_adapter(adapter, neutral)
+                layer.set_adapter(active, inference_mode=config.inference_mode)
+            else:
+                saved = layer._adapters[adapter]
+                layer._adapters[adapter] = neutral
+                method_of(config).reset(layer.parts(adapter), layer.host)
+                layer._adapters[adapter] = saved
+
+
+def describe(state: Mapping[str, Tensor]) -> int:
+    """Bytes that the tensors take in a file."""
+    return sum(t.numel() * t.element_size() for t in state.values())
+
+
+def base_sketch(model: nn.Module, adapter: str) -> dict[str, Any] | None:
+    """The fingerprint of the base weights that an adapter changes; None if there are none."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer) and adapter in module.available_adapters:
+            original = module._originals.get("parameters", {}) if module.merged else {}
+            name = module.host.parameter
+            tensor = original.get(name, module.get_param()) if module.merged else module.get_param()
+            key = keys.strip(path).removeprefix(keys.BASE_PREFIX)
+            found[f"{key}.{name}"] = tensor.detach()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+    return fingerprint.sketch(found) if found else None
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, Tensor]:
+    """Read the tensors of a saved adapter, by their names in the file.
+
+    Args:
+        model_id: A folder, or a repository on the hub.
+        device: Where to put them (default: the CPU, mapped from the file).
+        key_mapping: `{regex: replacement}` for names, as in transformers.
+        **hf_hub_download_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, …
+
+    Raises:
+        LoadError: nothing is there, or the file is damaged.
+    """
+    options = {k: v for k, v in hf_hub_download_kwargs.items() if k in (*files.HUB_OPTIONS, "subfolder")}
+    path = files.locate(model_id, **options)
+    return rename(tensors.read(path, device=device), key_mapping)
+
+
+def rename(state_dict: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Names after `{regex: replacement}`; the first pattern that matches a name changes it. The PEFT prefix stays."""
+    from peft import patterns
+
+    result = {}
+    for name, tensor in state_dict.items():
+        prefix = keys.BASE_PREFIX if name.startswith(keys.BASE_PREFIX) else ""
+        plain = name[len(prefix) :]
+        for pattern, replacement in (key_mapping or {}).items():
+            changed, times = patterns.compiled(pattern, "key_mapping").subn(replacement, plain)
+            if times:
+                plain = changed
+                break
+        result[prefix + plain] = tensor
+    return result
