@@ -31,8 +31,8 @@ class Kronecker(Operator):
         return self.left.dense() if isinstance(self.left, Operator) else self.left
 
     def apply(self, x: Tensor) -> Tensor:
-        left, right = self._dense_left(), as_operator(self.right)
-        grid = scaled(x, self.scale).unflatten(-1, (left.shape[1], right.shape[1]))
+        left, right = scaled(self._dense_left(), self.scale), as_operator(self.right)
+        grid = x.unflatten(-1, (left.shape[1], right.shape[1]))
         left_first, right_first = self._orders(1)
         y = act(right, left @ grid) if left_first < right_first else left @ act(right, grid)
         return y.flatten(-2)
