@@ -69,8 +69,12 @@ def scaling(config: LoraConfig, key: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def result_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int], lora_bias: bool) -> LoraConfig:
+def result_config(
+    configs: Sequence[LoraConfig], ranks: Mapping[str, int], lora_bias: bool, modules: Iterable[str] | None = None
+) -> LoraConfig:
     """The config of the combination: scaling 1 everywhere, the given rank per module, all else from the first.
+
+    `modules` are those to target by name where the targets of the configs have no union (default: those of `ranks`).
 
     >>> one = LoraConfig(r=4, target_modules=["q"])
     >>> config = result_config([one, one], {"a.q": 8, "b.q": 8, "c.q": 6}, False)
@@ -90,7 +94,7 @@ def result_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int], lora_
         bias="none",
         init_lora_weights=True,
         **_VARIANTS,
-        **_targets(configs, ranks),
+        **_targets(configs, ranks if modules is None else modules),
     )
 
 
