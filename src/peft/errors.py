@@ -62,7 +62,12 @@ class StateError(PeftError, RuntimeError):
 
 
 class LoadError(PeftError, RuntimeError):
-    """An adapter file does not fit the model it is loaded into."""
+    """An adapter file does not fit the model it is loaded into.
+
+    `report` holds the `peft.checkpoint.report.LoadReport`, where there is one.
+    """
+
+    report: object | None = None
 
 
 class AdapterNotFoundError(LoadError, FileNotFoundError, ValueError):

@@ -37,25 +37,43 @@ def fetch(repo_id: str, names: Sequence[str], *, subfolder: str | None = None, *
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    def download(name: str) -> Path:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo_id, name, subfolder=subfolder, **options))
+        except EntryNotFoundError:  # LocalEntryNotFoundError too: offline, and not in the cache
+            raise
+        except (OSError, ValueError) as error:  # no such repository or revision, gated, no network
+            raise _not_fetched(repo_id, wanted, error) from error
+
     unreachable: Exception | None = None
     for name in names:
         try:
-            path = Path(huggingface_hub.hf_hub_download(repo_id, name, subfolder=subfolder, **options))
-            for shard in sorted(set(files.shard_map(path).values())) if name.endswith(".index.json") else ():
-                huggingface_hub.hf_hub_download(repo_id, shard, subfolder=subfolder, **options)
-            return path
-        except LocalEntryNotFoundError as error:  # offline and not in the cache; the next name may be
+            path = download(name)
+        except LocalEntryNotFoundError as error:
             unreachable = error
         except EntryNotFoundError:
             continue
-        except (OSError, ValueError) as error:  # no such repository or revision, gated, no network
-            raise _not_fetched(repo_id, wanted, error) from error
+        else:
+            _fetch_shards(path, download)
+            return path
     if unreachable is not None:
         raise _not_fetched(repo_id, wanted, unreachable) from unreachable
     place = f"the subfolder {subfolder!r} of {repo_id!r}" if subfolder else repr(repo_id)
     raise AdapterNotFoundError(
         f"On the hub, {place} has no {wanted}. Is it an adapter? Adapters in a subfolder need `subfolder=`."
     )
+
+
+def _fetch_shards(path: Path, download: Callable[[str], Path]) -> None:
+    if not path.name.endswith(".index.json"):
+        return
+    for shard in sorted(set(files.shard_map(path).values())):
+        try:
+            download(shard)
+        except Exception as error:
+            raise AdapterNotFoundError(
+                f"{path.name} names the shard {shard!r}, which is not to be had: {error}"
+            ) from error
 
 
 def _not_fetched(repo_id: str, wanted: str, error: Exception) -> AdapterNotFoundError:

@@ -95,7 +95,7 @@ class LoadReport:
             self.mismatched and not ignore_mismatched_sizes
         ):
             error = LoadError(f"{self}\n{_HINT}" if strict and not self.mismatched else str(self))
-            error.report = self  # type: ignore[attr-defined]
+            error.report = self
             raise error
 
     def __iter__(self) -> Iterator[list[str]]:
