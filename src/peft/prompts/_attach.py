@@ -1,0 +1,294 @@
+"""Where prompts attach: the module that owns the cache, between the arguments it is given and the layers it runs.
+
+A call opens a `Scope` on its own thread. The hooks of that model's attention stack see it, and hand the stack a view of
+its cache that begins with the prompt (`_cache.PrefixedCache`). Masks, positions and attention then follow from
+the model's own code, for every cache class and attention implementation. Without a scope the hooks return at once, so
+nothing that a call did is left on the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.errors import UnsupportedError
+from peft.prompts import _geometry
+from peft.prompts._prefix import Rows
+
+_SITE = "_peft_prompt_site"
+_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+
+
+@dataclass
+class Scope:
+    """One call of one model, with its prompts.
+
+    Attributes:
+        site: Of the model that is called.
+        rows: The prompts.
+        virtual: They are put before the embeddings inside the stack, and cut off its output; otherwise they are joined as
+            keys and values.
+        view: The cache view of the forward that is running, for layers that are checkpointed.
+    """
+
+    site: Site
+    rows: Rows
+    virtual: bool = False
+    view: Any = None
+
+
+class _Thread(threading.local):
+    # Not a ContextVar: torch.compile traces thread locals, and a forward never changes threads (a checkpointed layer that
+    # is recomputed by an autograd thread has the view among its arguments).
+    scope: Scope | None = None
+
+
+_THREAD = _Thread()
+
+
+@contextmanager
+def scope(site: Site, rows: Rows, virtual: bool = False) -> Iterator[Scope]:
+    """Give the prompts of `rows` to the calls of one model on this thread."""
+    outer = _THREAD.scope
+    _THREAD.scope = opened = Scope(site, rows, virtual)
+    try:
+        yield opened
+    finally:
+        _THREAD.scope = outer
+
+
+@contextmanager
+def no_scope() -> Iterator[None]:
+    """Run without prompts, inside a scope."""
+    outer, _THREAD.scope = _THREAD.scope, None
+    try:
+        yield
+    finally:
+        _THREAD.scope = outer
+
+
+class Site:
+    """The hooks on one base model's attention stack. Holds its signature and no module, so it can be copied."""
+
+    def __init__(self, stack: nn.Module) -> None:
+        self.accepts = tuple(_geometry.parameters(stack))
+        self.handles = [
+            stack.register_forward_pre_hook(self.before, with_kwargs=True),
+            stack.register_forward_hook(self.after, with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Put the prompt before the arguments of the stack."""
+        opened = _THREAD.scope
+        if opened is None or opened.site is not self:
+            return None
+        kwargs = dict(zip(self.accepts, args, strict=False)) | kwargs
+        if opened.virtual:
+            _prepend_tokens(stack, kwargs, opened.rows, self.accepts)
+        else:
+            _prepend_cache(stack, kwargs, opened, self.accepts)
+        return (), kwargs
+
+    def after(self, stack: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Give back the cache that the caller knows, and the positions that are the caller's."""
+        opened = _THREAD.scope
+        if opened is None or opened.site is not self:
+            return None
+        if opened.virtual:
+            return _map_output(output, partial(_cut_tokens, length=opened.rows.length, first=_first(output)))
+        view, opened.view = kwargs.get("past_key_values"), None
+        return _map_output(output, lambda value: value.real if value is view else value)
+
+
+def site_of(base_model: nn.Module) -> Site:
+    """The site of a base model; its hooks are placed at the first call.
+
+    Raises:
+        UnsupportedError: the model has no key/value cache that a prompt could stand in.
+    """
+    found = base_model.__dict__.get(_SITE)
+    if found is None:
+        stack = _geometry.attention_stack(base_model)
+        if stack is None:
+            raise UnsupportedError(
+                f"{type(base_model).__name__} has no module that takes past_key_values and inputs_embeds, so there are no "
+                "keys and values to put a prefix before. Prompt tuning and P-tuning work on such models in forward; "
+                "prefix tuning, cartridges, and generate() with virtual tokens need a key/value cache."
+            )
+        found = base_model.__dict__[_SITE] = Site(stack)
+    return found
+
+
+def detach(base_model: nn.Module) -> None:
+    """Take the hooks off a base model again."""
+    found = base_model.__dict__.pop(_SITE, None)
+    if found is not None:
+        found.remove()
+
+
+def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple[str, ...]) -> None:
+    """Replace the cache of a call by a view that begins with the prompt, and lengthen mask and positions."""
+    from peft.prompts import _cache, _masks
+
+    rows = opened.rows
+    inputs = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+    batch, queries, device = inputs.shape[0], inputs.shape[1], inputs.device
+    crossing = kwargs.get("encoder_hidden_states") is not None
+    real = kwargs.get("past_key_values")
+    if isinstance(real, (tuple, list)):
+        raise UnsupportedError("past_key_values is a tuple; pass a transformers Cache, DynamicCache(...) for instance.")
+    checkpointed = _restore_in_checkpoints(stack, opened) if stack.training and torch.is_grad_enabled() else []
+    if checkpointed:
+        real = None
+        if any(_is_reentrant(function) for function in checkpointed):
+            _let_inputs_require_grad(stack, kwargs)
+    elif real is None and _uses_cache(stack, kwargs, accepts):
+        real = _cache.new_cache(stack.config, crossing)
+    view = opened.view = kwargs["past_key_values"] = _cache.prefixed(rows, real, crossing)
+
+    shifts = rows.shifts(batch, device)
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kwargs["position_ids"] + shifts
+    elif rows.ragged:
+        kwargs |= _ragged_positions(stack, accepts, shifts, queries, real)
+    if kwargs.get("cache_position") is not None:
+        kwargs["cache_position"] = kwargs["cache_position"] + rows.length
+    mask = kwargs.get("attention_mask")
+    if mask is not None or rows.ragged:
+        kwargs["attention_mask"] = _masks.widened(mask, rows, view, (batch, queries), device, stack.config)
+
+
+def _prepend_tokens(stack: nn.Module, kwargs: dict, rows: Rows, accepts: tuple[str, ...]) -> None:
+    """Replace the inputs of a call without a past by embeddings that begin with the virtual tokens."""
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        embeds = stack.get_input_embeddings()(kwargs.pop("input_ids"))
+    batch, length, _ = embeds.shape
+    kwargs["inputs_embeds"] = torch.cat([rows.tokens(batch, embeds), embeds], dim=1)
+    kwargs |= prompt_arguments(rows, batch, length, embeds.device, kwargs, accepts)
+
+
+def prompt_arguments(
+    rows: Rows, batch: int, length: int, device: torch.device, given: dict, accepts: Any
+) -> dict[str, Any]:
+    """Mask, positions and token types of a sequence that begins with virtual tokens, as far as they are needed."""
+    made: dict[str, Any] = {}
+    mask = given.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise UnsupportedError(
+            f"attention_mask has the shape {tuple(mask.shape)}. Virtual tokens need the mask of padding, of shape "
+            "(batch, length); the model derives the rest."
+        )
+    if mask is None and rows.ragged:
+        mask = torch.ones(batch, length, dtype=torch.long, device=device)
+    if mask is not None:
+        made["attention_mask"] = torch.cat([rows.visible(batch, device).to(mask), mask], dim=1)
+    positions = given.get("position_ids")
+    if "position_ids" in accepts and (positions is not None or rows.ragged):
+        if positions is None:
+            positions = torch.arange(length, device=device).expand(batch, -1)
+        shifts = rows.shifts(batch, device)
+        prompt = (torch.arange(rows.length, device=device) - rows.length + shifts).clamp_min(0)
+        made["position_ids"] = torch.cat([prompt.expand(*positions.shape[:-1], -1), positions + shifts], dim=-1)
+    elif rows.ragged:
+        raise UnsupportedError(_RAGGED)
+    types = given.get("token_type_ids")
+    if types is not None:
+        made["token_type_ids"] = torch.cat([types.new_zeros(len(types), rows.length), types], dim=1)
+    return made
+
+
+_RAGGED = (
+    "adapter_names gives the samples prompts of different lengths, and this model does not let positions be given "
+    "(no position_ids). Use prompts of one length in a batch, or one call for each length."
+)
+
+
+def _ragged_positions(
+    stack: nn.Module, accepts: tuple[str, ...], shifts: Any, queries: int, real: Any
+) -> dict[str, Tensor]:
+    if "position_ids" in accepts:
+        past = 0 if real is None else real.get_seq_length()
+        return {"position_ids": torch.arange(queries, device=shifts.device) + past + shifts}
+    if any(isinstance(m, nn.Embedding) and "position" in name for name, m in stack.named_modules()):
+        raise UnsupportedError(_RAGGED)
+    return {}
+
+
+def _uses_cache(stack: nn.Module, kwargs: dict, accepts: tuple[str, ...]) -> bool:
+    """Whether the stack would make a cache for itself."""
+    asked = kwargs.get("use_cache")
+    return "use_cache" in accepts and bool(getattr(stack.config, "use_cache", False) if asked is None else asked)
+
+
+class _Restoring:
+    """A checkpoint function that hands checkpointed layers the prompt.
+
+    transformers takes the cache away from a layer that is checkpointed, since replaying the layer would fill it twice. A
+    view without a real cache holds nothing, so it may be replayed.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        opened = _THREAD.scope
+        if opened is not None and opened.view is not None and isinstance(layer, partial):
+            for name in _CACHE_NAMES:
+                if name in layer.keywords and layer.keywords[name] is None:
+                    layer = partial(layer, **{name: opened.view})
+        return self.function(layer, *args, **kwargs)
+
+
+def _restore_in_checkpoints(stack: nn.Module, opened: Scope) -> list[Any]:
+    """The checkpoint functions of the stack's layers, each made to restore the prompt; empty if none is in use."""
+    found = []
+    for module in stack.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is None or not module.__dict__.get("gradient_checkpointing", False):
+            continue
+        if not isinstance(function, _Restoring):
+            module._gradient_checkpointing_func = function = _Restoring(function)
+        found.append(function.function)
+    return found
+
+
+def _is_reentrant(function: Any) -> bool:
+    return getattr(function, "keywords", {}).get("use_reentrant", True)
+
+
+def _let_inputs_require_grad(stack: nn.Module, kwargs: dict) -> None:
+    """Reentrant checkpoints give gradients only if an input asks for them, and prompts are not among the inputs."""
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        embeds = stack.get_input_embeddings()(kwargs.pop("input_ids"))
+    if not embeds.requires_grad:
+        embeds = embeds.detach().requires_grad_()
+    kwargs["inputs_embeds"] = embeds
+
+
+def _map_output(output: Any, change: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(change(value) for value in output)
+    if hasattr(output, "items"):
+        return type(output)(**{key: change(value) for key, value in output.items()})
+    return change(output)
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) or hasattr(output, "items") else output
+
+
+def _cut_tokens(value: Any, length: int, first: Any) -> Any:
+    return value[:, length:] if value is first else value

@@ -1,0 +1,232 @@
+"""What a model with prompts does when it is called: `forward` and `generate`, for every task."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft import registry
+from peft.config import PromptLearningConfig, TaskType
+from peft.errors import ConfigError, PeftWarning
+from peft.prompts import _geometry
+from peft.prompts._attach import no_scope, prompt_arguments, scope, site_of
+from peft.prompts._encoder import BasePromptEncoder, KeyValues
+from peft.prompts._prefix import Rows, kind, rows_of
+from peft.prompts.cpt import CPTConfig, cpt_loss
+
+IGNORED_LABEL = -100
+
+
+def build(config: PromptLearningConfig, base_model: nn.Module) -> BasePromptEncoder:
+    """Make the encoder of a config, on the device of the model's embeddings. Fills in the sizes the config leaves open.
+
+    Raises:
+        ConfigError: a size is missing that the model does not tell.
+        UnsupportedError: the model has no place for such a prompt.
+    """
+    made: type[BasePromptEncoder] = registry.method(config.peft_type.value)
+    _geometry.fill_sizes(config, base_model, made)
+    if issubclass(made, KeyValues):
+        site_of(base_model)
+        encoder = made(config)
+    else:
+        encoder = made(config, _geometry.word_embeddings(base_model))
+    device = next(_geometry.word_embeddings(base_model).parameters()).device
+    on_meta = device.type == "meta" or any(p.is_meta for p in encoder.parameters())
+    return encoder if on_meta else encoder.to(device)
+
+
+def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the base model of `model` with the prompts of its active adapters (or of `adapter_names`)."""
+    base = model.get_base_model()
+    accepts = tuple(_geometry.parameters(base))
+    kwargs = dict(zip(accepts, args, strict=False)) | kwargs
+    rows = _rows(model, kwargs)
+    if rows is None:
+        return base(**kwargs)
+    if kind(rows) is KeyValues:
+        with scope(site_of(base), rows):
+            return base(**kwargs)
+    if _pools_last_token(model, base, accepts, kwargs):
+        with scope(site_of(base), rows, virtual=True):
+            return base(**kwargs)
+    return _forward_tokens(model, base, rows, accepts, kwargs)
+
+
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate with the base model of `model` and the prompts of its active adapters (or of `adapter_names`).
+
+    All strategies of `GenerationMixin.generate` and all caches work: the prompt never is among the tokens.
+    """
+    base = model.get_base_model()
+    rows = _rows(model, kwargs)
+    if rows is None:
+        return base.generate(*args, **kwargs)
+    if kind(rows) is not KeyValues:
+        if _geometry.is_encoder_decoder(base):
+            return base.generate(**_encoder_inputs(base, rows, args, kwargs))
+        stack = _geometry.attention_stack(base)
+        if stack is not None and stack.training and getattr(stack, "is_gradient_checkpointing", False):
+            # Checkpointed layers are given no cache, so the virtual tokens go through them at every step.
+            with scope(site_of(base), rows, virtual=True):
+                return base.generate(*args, **kwargs | {"use_cache": False})
+        rows = _computed(base, rows)
+    with scope(site_of(base), rows):
+        return base.generate(*args, **kwargs)
+
+
+def get_prompt(model: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+    """The active prompt by itself: virtual tokens (batch, tokens, width), or a `DynamicCache` with the prefix.
+
+    Args:
+        model: A PeftModel with an active prompt adapter.
+        batch_size: How many times.
+        task_ids: Tasks, shape (batch,), for multitask prompts.
+        max_cache_len: Not needed; there for callers that know HF PEFT's signature.
+    """
+    base = model.get_base_model()
+    rows = _rows(model, {"task_ids": task_ids})
+    if rows is None:
+        raise ConfigError("No prompt adapter is active. Choose one with set_adapter(name).")
+    like = next(_geometry.word_embeddings(base).parameters())
+    if kind(rows) is not KeyValues:
+        return rows.tokens(batch_size, like)
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    encoder = rows.stacks[0][0]
+    for layer in range(encoder.num_layers):
+        shape = (batch_size, encoder.num_heads, 1, encoder.token_dim // encoder.num_heads)
+        cache.update(*rows.keys_values(layer, like.new_empty(shape)), layer)
+    return cache
+
+
+def _rows(model: Any, kwargs: dict) -> Rows | None:
+    """The prompts of a call; takes the arguments that only choose them out of `kwargs`."""
+    return rows_of(
+        dict(model.prompt_encoder.items()),
+        model.active_adapters,
+        kwargs.pop("adapter_names", None),
+        kwargs.pop("task_ids", None),
+        list(model.peft_config),
+    )
+
+
+def _config(model: Any) -> Any:
+    """The config of the first active prompt adapter."""
+    return next(model.peft_config[name] for name in model.active_adapters if name in model.prompt_encoder)
+
+
+def _pools_last_token(model: Any, base: nn.Module, accepts: tuple[str, ...], kwargs: dict) -> bool:
+    """Whether this is a classifier over a causal stack, which looks for the last token among `input_ids`.
+
+    It would not find padding in `inputs_embeds`, so the virtual tokens are put in further inside.
+    """
+    return (
+        _task(model) == TaskType.SEQ_CLS
+        and "past_key_values" in accepts
+        and kwargs.get("input_ids") is not None
+        and not _geometry.is_encoder_decoder(base)
+    )
+
+
+def _task(model: Any) -> TaskType | None:
+    return next((c.task_type for c in model.peft_config.values() if c.task_type is not None), None)
+
+
+def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str, ...], kwargs: dict) -> Any:
+    """Put virtual tokens before the input embeddings, and everything that has a place for each token in step."""
+    types = kwargs.pop("input_type_mask", None)
+    past = kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        return base(**_continued(rows, kwargs, past))
+    embeds = kwargs.pop("inputs_embeds", None)
+    ids = kwargs.pop("input_ids", None)
+    if embeds is None:
+        embeds = _geometry.word_embeddings(base)(ids)
+    batch, length = embeds.shape[:2]
+    for name in ("token_type_ids", "position_ids"):
+        if kwargs.get(name) is not None and name not in accepts:
+            warnings.warn(f"{type(base).__name__} takes no {name}; they are ignored.", PeftWarning, stacklevel=4)
+            del kwargs[name]
+    kwargs |= prompt_arguments(rows, batch, length, embeds.device, kwargs, accepts)
+    for name in ("start_positions", "end_positions"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = kwargs[name] + rows.length
+    kwargs["inputs_embeds"] = torch.cat([rows.tokens(batch, embeds), embeds], dim=1)
+
+    labels = kwargs.get("labels")
+    config = _config(model) if any(name in model.prompt_encoder for name in model.active_adapters) else None
+    if isinstance(config, CPTConfig) and labels is not None:
+        del kwargs["labels"]
+        output = base(**kwargs)
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        loss = cpt_loss(config, logits, labels, types)
+        return (loss, *output) if isinstance(output, tuple) else type(output)(**{**output, "loss": loss})
+    if labels is not None and _labels_tokens(model, base, labels, batch, length):
+        kwargs["labels"] = torch.cat([labels.new_full((batch, rows.length), IGNORED_LABEL), labels], dim=1)
+    return base(**kwargs)
+
+
+def _continued(rows: Rows, kwargs: dict, past: Any) -> dict:
+    """The virtual tokens are in the cache already; only a mask that leaves them out must grow."""
+    mask = kwargs.get("attention_mask")
+    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    whole = int(past.get_seq_length()) + tokens.shape[1]
+    if mask is not None and mask.shape[1] == whole - rows.length:
+        kwargs["attention_mask"] = torch.cat([rows.visible(len(mask), mask.device).to(mask), mask], dim=1)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + rows.shifts(len(mask), mask.device)
+    return kwargs
+
+
+def _labels_tokens(model: Any, base: nn.Module, labels: Tensor, batch: int, length: int) -> bool:
+    """Whether labels stand for the tokens of the sequence that the prompt is in."""
+    if _geometry.is_encoder_decoder(base) or _task(model) == TaskType.SEQ_CLS:
+        return False
+    return labels.shape[:2] == (batch, length)
+
+
+def _encoder_inputs(base: nn.Module, rows: Rows, args: tuple, kwargs: dict) -> dict:
+    """Arguments of `generate` for an encoder that reads the virtual tokens first."""
+    kwargs = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+    ids = kwargs.pop("input_ids", None)
+    inputs = kwargs.pop("inputs", None)
+    ids = inputs if ids is None else ids
+    embeds = kwargs.pop("inputs_embeds", None)
+    if embeds is None:
+        embeds = _geometry.word_embeddings(base)(ids)
+        if kwargs.get("attention_mask") is None:
+            pad = getattr(base.config, "pad_token_id", None)
+            if pad is not None and pad != getattr(base.config, "eos_token_id", None) and bool((ids == pad).any()):
+                kwargs["attention_mask"] = (ids != pad).long()
+    batch, length = embeds.shape[:2]
+    if kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
+    kwargs |= prompt_arguments(rows, batch, length, embeds.device, kwargs, tuple(_geometry.parameters(base)))
+    return kwargs | {"inputs_embeds": torch.cat([rows.tokens(batch, embeds), embeds], dim=1)}
+
+
+def _computed(base: nn.Module, rows: Rows) -> Rows:
+    """The keys and values that virtual tokens have in a causal model: nothing after them can change them."""
+    from peft.prompts._cache import DynamicCache, layer_tensors
+
+    site_of(base)
+    stack = _geometry.attention_stack(base)
+    embeddings = _geometry.word_embeddings(base)
+    device = next(embeddings.parameters()).device
+    batch = len(rows.of_sample or ()) or (1 if rows.task_ids is None else len(rows.task_ids))
+    with torch.no_grad(), no_scope():
+        like = embeddings(torch.zeros(1, 1, dtype=torch.long, device=device))
+        tokens = rows.tokens(batch, like)
+        arguments: dict[str, Any] = {"attention_mask": rows.visible(batch, device).long()}
+        if rows.ragged:
+            empty = torch.zeros(batch, 0, dtype=torch.long, device=device)
+            arguments = prompt_arguments(
+                rows, batch, 0, device, {"attention_mask": empty, "position_ids": empty}, _geometry.parameters(stack)
+            )
+        output = stack(inputs_embeds=tokens, past_key_values=DynamicCache(), use_cache=True, **arguments)
+    return rows.fixed(layer_tensors(output.past_key_values))

@@ -1,0 +1,123 @@
+"""The sizes of a prompt, and the place where prompts attach, read off a base model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from peft.config import PromptLearningConfig, TaskType
+from peft.errors import ConfigError, UnsupportedError
+from peft.prompts._encoder import KeyValues
+
+WIDTH = ("hidden_size", "n_embd", "d_model")
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
+DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
+HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
+
+
+def fill_sizes(config: PromptLearningConfig, base_model: nn.Module, encoder: type) -> None:
+    """Set the sizes that the config leaves open. What the user wrote stays.
+
+    Raises:
+        ConfigError: the number of virtual tokens is missing, or a size that the model does not tell.
+    """
+    if not config.num_virtual_tokens or config.num_virtual_tokens < 1:
+        raise ConfigError(f"{type(config).__name__}.num_virtual_tokens is {config.num_virtual_tokens}; give 1 or more.")
+    sizes = _key_value_sizes(base_model) if issubclass(encoder, KeyValues) else _token_sizes(base_model)
+    sizes["num_transformer_submodules"] = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+    for name, value in sizes.items():
+        if getattr(config, name) is None:
+            if value is None:
+                raise ConfigError(
+                    f"{type(base_model).__name__}.config does not tell the {name} of the prompt. Set "
+                    f"{type(config).__name__}.{name}."
+                )
+            setattr(config, name, value)
+    if getattr(config, "encoder_hidden_size", 0) is None:
+        config.encoder_hidden_size = config.token_dim
+
+
+def word_embeddings(base_model: nn.Module) -> nn.Module:
+    """The layer that turns token ids into `inputs_embeds`."""
+    lookup = getattr(base_model, "get_input_embeddings", None)
+    found = lookup() if callable(lookup) else None
+    if found is None:
+        raise UnsupportedError(
+            f"{type(base_model).__name__} has no get_input_embeddings(), so prompts have nowhere to stand. Prompt methods "
+            "need a model that reads tokens; use a weight method such as LoRA for others."
+        )
+    return found
+
+
+def attention_stack(base_model: nn.Module) -> nn.Module | None:
+    """The module that owns the key/value cache of the text: builds masks and positions, and runs the layers.
+
+    It is found by what it accepts: the innermost module that takes both `past_key_values` and `inputs_embeds`, outside
+    of an encoder-decoder's encoder. None, if the model has no such cache.
+    """
+    inside_encoder: set[int] = set()
+    if is_encoder_decoder(base_model):
+        inside_encoder = {id(m) for m in base_model.get_encoder().modules()}
+    stacks = [m for m in base_model.modules() if id(m) not in inside_encoder and _keeps_cache(m)]
+    innermost = [m for m in stacks if not any(other is not m and other in stacks for other in m.modules())]
+    return max(innermost, key=_attention_layers, default=None)
+
+
+def is_encoder_decoder(base_model: nn.Module) -> bool:
+    """Whether the input is read by an encoder of its own."""
+    return bool(getattr(getattr(base_model, "config", None), "is_encoder_decoder", False))
+
+
+def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """The parameters of a module's forward, in order."""
+    return dict(inspect.signature(module.forward).parameters)
+
+
+def _keeps_cache(module: nn.Module) -> bool:
+    return {"past_key_values", "inputs_embeds"} <= parameters(module).keys()
+
+
+def _attention_layers(module: nn.Module) -> int:
+    return sum(hasattr(m, "layer_idx") for m in module.modules())
+
+
+def _token_sizes(base_model: nn.Module) -> dict[str, Any]:
+    text = _text_config(base_model)
+    embeddings = word_embeddings(base_model)
+    return {
+        "token_dim": getattr(embeddings, "embedding_dim", None) or _first(text, WIDTH),
+        "num_attention_heads": _first(text, HEADS),
+        "num_layers": _first(text, LAYERS),
+    }
+
+
+def _key_value_sizes(base_model: nn.Module) -> dict[str, Any]:
+    """Width and heads of the keys as the cache holds them: those of grouped or single key/value heads."""
+    text = _text_config(base_model)
+    heads = _first(text, HEADS)
+    decoder = is_encoder_decoder(base_model)
+    if decoder:
+        heads = getattr(text, "decoder_attention_heads", None) or heads
+    width = _first(text, WIDTH)
+    head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or (heads and width and width // heads)
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1
+    heads = getattr(text, "num_key_value_heads", None) or heads
+    layers = (_first(text, DECODER_LAYERS) if decoder else None) or _first(text, LAYERS)
+    return {"token_dim": heads and head_dim and heads * head_dim, "num_attention_heads": heads, "num_layers": layers}
+
+
+def _text_config(base_model: nn.Module) -> Any:
+    config = getattr(base_model, "config", None)
+    if config is None:
+        raise UnsupportedError(
+            f"{type(base_model).__name__} has no config, so its sizes are unknown. Prompt methods need a transformers "
+            "model; use a weight method such as LoRA for others."
+        )
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _first(config: Any, names: tuple[str, ...]) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
