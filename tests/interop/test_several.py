@@ -42,6 +42,18 @@ def test_active_adapters(pair, tmp_path, name, active):
     compare.assert_close({"merged": read_by_us["merged"]}, {"merged": theirs["output"]}, 1e-5)
 
 
+@pytest.mark.parametrize(
+    "names", [["default", "other", "__base__", "other"], ["third"], ["__base__", "__base__"]], ids=str
+)
+@pytest.mark.parametrize("name", ["mlp", "llama", "gpt2", "embedding"])
+def test_an_adapter_for_each_sample(pair, tmp_path, name, names):
+    pair.reference.ask("several", CASES[name], NAMES, "default", str(tmp_path))
+    ours, reference = (
+        side.ask("mixed_batch", CASES[name], _places(tmp_path), names) for side in (pair.ours, pair.reference)
+    )
+    compare.assert_close(ours, reference, TOLERANCE)
+
+
 @every_case
 def test_same_folders(pair, tmp_path, name):
     for side in (pair.ours, pair.reference):

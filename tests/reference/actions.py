@@ -10,6 +10,7 @@ import inspect
 import io
 import pydoc
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,14 @@ from torch import nn
 
 import peft
 from tests import models
+
+ACTIONS: dict[str, Callable[..., Any]] = {}
+
+
+def action(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function one that a side can be asked for by name."""
+    ACTIONS[function.__name__] = function
+    return function
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ def adapt(case: Case, **options: Any) -> nn.Module:
         return peft.get_peft_model(models.build(case.model), case.config.make(), **options).eval()
 
 
+@action
 def birth(case: Case) -> dict[str, Any]:
     """Adapt the case's model; describe it, and say how far its output is from the bare model's."""
     base = models.run(models.build(case.model), models.example(case.model))
@@ -90,6 +100,7 @@ def birth(case: Case) -> dict[str, Any]:
     return {**describe(model), "change": change}
 
 
+@action
 def write(case: Case, directory: str) -> dict[str, torch.Tensor]:
     """Adapt, disturb, save; returns the output before and after merging."""
     model = adapt(case)
@@ -99,6 +110,7 @@ def write(case: Case, directory: str) -> dict[str, torch.Tensor]:
     return {"output": output, **_merged(case, model)}
 
 
+@action
 def read(case: Case, directory: str, **options: Any) -> dict[str, torch.Tensor]:
     """Load the adapter in `directory`; returns the output before and after merging."""
     model = peft.PeftModel.from_pretrained(models.build(case.model), directory, **options).eval()
@@ -109,15 +121,17 @@ def _merged(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
     return {"merged": case.run(model.merge_and_unload())} if case.mergeable else {}
 
 
-def error(action: str, *args: Any, **kwargs: Any) -> list[str]:
+@action
+def error(name: str, *args: Any, **kwargs: Any) -> list[str]:
     """The names of the builtin exceptions that an action's failure is an instance of; empty if it does not fail."""
     try:
-        ACTIONS[action](*args, **kwargs)
+        ACTIONS[name](*args, **kwargs)
     except Exception as problem:
         return [kind.__name__ for kind in type(problem).__mro__ if kind.__module__ == "builtins"]
     return []
 
 
+@action
 def several(case: Case, names: list[str], active: list[str] | str, directory: str) -> dict[str, Any]:
     """Several adapters of one config on one model, some active: output, status, and what is written."""
     model = adapt(case, adapter_name=names[0])
@@ -137,6 +151,7 @@ def several(case: Case, names: list[str], active: list[str] | str, directory: st
     return {**outputs, "trainable": sorted(n for n, p in model.named_parameters() if p.requires_grad)}
 
 
+@action
 def read_several(case: Case, places: dict[str, str], active: list[str] | str) -> dict[str, torch.Tensor]:
     """Load adapters by name from their directories; the output with `active` of them."""
     first, *others = places
@@ -148,6 +163,18 @@ def read_several(case: Case, places: dict[str, str], active: list[str] | str) ->
     return {"output": case.run(model), **_merged(case, model)}
 
 
+@action
+def mixed_batch(case: Case, places: dict[str, str], adapter_names: list[str]) -> dict[str, torch.Tensor]:
+    """One batch in which each sample names its adapter (`__base__`: none)."""
+    first, *others = places
+    model = peft.PeftModel.from_pretrained(models.build(case.model), places[first], adapter_name=first)
+    for name in others:
+        model.load_adapter(places[name], adapter_name=name)
+    inputs = models.example(case.model, batch=len(adapter_names))
+    return {"output": models.run(model.eval(), inputs, adapter_names=adapter_names, **case.extra)}
+
+
+@action
 def combine(case: Case, places: dict[str, str], weights: list[float], **options: Any) -> dict[str, Any]:
     """`add_weighted_adapter` over adapters from their directories; output, tensors, scaling of the result."""
     first, *others = places
@@ -162,6 +189,7 @@ def combine(case: Case, places: dict[str, str], weights: list[float], **options:
     return {"output": case.run(model), "state_dict": {k: tuple(v.shape) for k, v in state.items()}}
 
 
+@action
 def inject(case: Case) -> dict[str, Any]:
     """`inject_adapter_in_model` on the bare model: names, state dict, and whether it is the same object."""
     model = models.build(case.model)
@@ -171,6 +199,7 @@ def inject(case: Case) -> dict[str, Any]:
     return {**describe(injected), "same_object": injected is model, "configs": list(injected.peft_config)}
 
 
+@action
 def status(case: Case) -> dict[str, Any]:
     """`get_model_status` and `get_layer_status` of a freshly adapted model, as dictionaries."""
     model = adapt(case)
@@ -178,6 +207,7 @@ def status(case: Case) -> dict[str, Any]:
     return {"model": vars(peft.get_model_status(model)), "layers": [vars(layer) for layer in layers]}
 
 
+@action
 def config_json(config: Config) -> dict[str, Any]:
     """`to_dict` of a config, enums and sets made plain."""
 
@@ -189,6 +219,7 @@ def config_json(config: Config) -> dict[str, Any]:
     return {key: plain(value) for key, value in config.make().to_dict().items()}
 
 
+@action
 def signature(path: str) -> list[tuple[str, str, str]]:
     """Name, kind and default of each parameter of a function or class given by its dotted path."""
 
@@ -201,20 +232,13 @@ def signature(path: str) -> list[tuple[str, str, str]]:
     return [(p.name, p.kind.name, shown(p.default)) for p in parameters]
 
 
+@action
 def call(expression: str, **names: Any) -> Any:
     """Evaluate an expression in the presence of `peft`, `torch` and `models`: for facts too small for an action."""
     return eval(expression, {"peft": peft, "torch": torch, "models": models, **names})
 
 
-ACTIONS = {
-    action.__name__: action
-    for action in (
-        birth, write, read, error, several, read_several, combine, inject, status, config_json, signature, call,
-    )
-}  # fmt: skip
-
-
-def perform(action: str, *args: Any, **kwargs: Any) -> Any:
+def perform(name: str, *args: Any, **kwargs: Any) -> Any:
     """Run one action by name, quietly."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return ACTIONS[action](*args, **kwargs)
+        return ACTIONS[name](*args, **kwargs)
