@@ -54,7 +54,7 @@ def test_both_ways_to_match_say_what_re_says(pattern: str, text: str, flags: str
         with pytest.raises(ConfigError, match="not a regular expression"):
             patterns.check(pattern)
         return
-    assert patterns.safe_fullmatch(pattern, text) == expected
+    assert patterns.fullmatch(pattern, text) == expected
     assert steadily(pattern, text) == expected
 
 
@@ -72,7 +72,7 @@ def test_both_ways_to_match_say_what_re_says(pattern: str, text: str, flags: str
     ],
 )
 def test_catastrophic_patterns_are_decided(pattern: str) -> None:
-    assert not patterns.safe_fullmatch(pattern, "a" * 300)  # `re` would not come back
+    assert not patterns.fullmatch(pattern, "a" * 300)  # `re` would not come back
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_catastrophic_patterns_are_decided(pattern: str) -> None:
 )
 def test_patterns_of_real_configs(pattern: str, name: str, matches: bool) -> None:
     patterns.check(pattern)
-    assert patterns.safe_fullmatch(pattern, name) is matches
+    assert patterns.fullmatch(pattern, name) is matches
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,46 @@ def test_what_can_not_be_decided_is_refused_with_the_reason(pattern: str, reason
 
 def test_deciding_takes_bounded_work() -> None:
     with pytest.raises(ConfigError, match="bounded time"):
-        patterns.safe_fullmatch("((((a?){99}){99}){99}){99}b", "a" * 200)
+        patterns.fullmatch("((((a?){99}){99}){99}){99}b", "a" * 200)
 
 
+@pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
 @given(st.text(string.printable, max_size=40))
 def test_no_text_breaks_the_check(pattern: str) -> None:
     try:
         patterns.check(pattern)
     except ConfigError:
         return
-    patterns.safe_fullmatch(pattern, "model.layers.0.q_proj")
+    patterns.fullmatch(pattern, "model.layers.0.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("path", "rank"),
+    [
+        ("model.layers.0.q_proj", 2),
+        ("q_proj", 4),
+        ("model.layers.0.xq_proj", 16),
+        ("model.layers.1.q_proj", 4),
+        ("k_proj", 16),
+    ],
+)
+def test_the_first_key_that_matches_a_path_decides(path: str, rank: int) -> None:
+    table = {r"layers\.0\.q_proj": 2, "q_proj": 4, ".*q_proj.*x": 8}
+    assert patterns.lookup(table, path, 16) == rank
+
+
+def test_an_empty_table_has_nothing_to_say() -> None:
+    assert patterns.lookup(None, "q_proj", 16) == patterns.lookup({}, "q_proj", 16) == 16
+
+
+def test_a_bad_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'\(q': .* not a regular expression"):
+        patterns.matching(["(q"], "q_proj")
+
+
+def test_compiled_patterns_capture_and_stay_cheap() -> None:
+    found = patterns.compiled(r"(?:^|.*?\.)layers\.(\d+)\.", "layers_pattern").match("model.layers.12.q_proj")
+    assert found is not None
+    assert found.group(1) == "12"
+    with pytest.raises(ConfigError, match=r"^layers_pattern: .* too many ways"):
+        patterns.compiled(r"(a+)+b", "layers_pattern")

@@ -16,11 +16,13 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from peft.errors import ConfigError
+
+T = TypeVar("T")
 
 MAX_PATTERN = 20_000
 MAX_WAYS = 20_000  # with names of MAX_FAST letters: a few milliseconds of `re` at the very worst
@@ -33,7 +35,7 @@ _FLAGS = re.UNICODE | re.IGNORECASE | re.DOTALL | re.VERBOSE
 
 
 def check(pattern: str, *, where: str = "The pattern") -> None:
-    """Raise unless `pattern` is a regex that `safe_fullmatch` can decide.
+    """Raise unless `pattern` is a regex that `fullmatch` can decide.
 
     Args:
         pattern: A regex in the syntax of `re`.
@@ -43,35 +45,65 @@ def check(pattern: str, *, where: str = "The pattern") -> None:
         ConfigError: not a regex, or one that only unbounded backtracking could match.
     """
     try:
-        compiled = _compile(pattern)
+        known = _compile(pattern)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    if compiled.quick is None and isinstance(compiled.steady, str):
-        raise ConfigError(f"{where}: {_too_dear(pattern, compiled.steady)}")
+    if known.quick is None and isinstance(known.steady, str):
+        raise ConfigError(f"{where}: {_too_dear(pattern, known.steady)}")
 
 
-def safe_fullmatch(pattern: str, text: str) -> bool:
-    """Whether all of `text` matches, as `re.fullmatch(pattern, text) is not None`, but always within milliseconds.
+def fullmatch(pattern: str, text: str, where: str = "The pattern") -> bool:
+    r"""Whether all of `text` matches, as `re.fullmatch(pattern, text) is not None`, but always within milliseconds.
 
     Raises:
         ConfigError: as `check`; also when deciding takes more than `MAX_STEPS` (repeats nested five deep, say).
 
     Example:
-        >>> safe_fullmatch(r".*\\.(q|v)_proj", "layers.0.q_proj")
+        >>> fullmatch(r".*\.(q|v)_proj", "layers.0.q_proj")
         True
-        >>> safe_fullmatch(r"(a+)+b", "a" * 200)
+        >>> fullmatch(r"(a+)+b", "a" * 200)
         False
     """
-    compiled = _compile(pattern)
-    if compiled.quick is not None and len(text) <= MAX_FAST:
-        return compiled.quick.fullmatch(text) is not None
-    if isinstance(compiled.steady, str):
-        raise ConfigError(_too_dear(pattern, compiled.steady))
-    run = _Run(text)
     try:
-        return bool(compiled.steady(run, 1) >> len(text))
+        known = _compile(pattern)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if known.quick is not None and len(text) <= MAX_FAST:
+        return known.quick.fullmatch(text) is not None
+    if isinstance(known.steady, str):
+        raise ConfigError(f"{where}: {_too_dear(pattern, known.steady)}")
+    try:
+        return bool(known.steady(_Run(text), 1) >> len(text))
     except _OutOfSteps:
-        raise ConfigError(_too_dear(pattern, "repeats nested so deeply")) from None
+        raise ConfigError(f"{where}: {_too_dear(pattern, 'repeats nested so deeply')}") from None
+
+
+def matching(table: Iterable[str], path: str) -> str | None:
+    r"""The first key of a `rank_pattern` or `alpha_pattern` that matches a path, or all of it that follows some dot.
+
+    Example:
+        >>> matching({r"layers\.0\..*": 4, "q_proj": 8}, "model.layers.1.q_proj")
+        'q_proj'
+    """
+    return next((key for key in table if fullmatch(rf"(?:.*\.)?(?:{key})$", path, repr(key))), None)
+
+
+def lookup(table: Mapping[str, T] | None, path: str, default: T) -> T:
+    """What a `rank_pattern` or `alpha_pattern` says of a module; `default` where no key of it matches."""
+    key = matching(table or (), path)
+    return default if table is None or key is None else table[key]
+
+
+def compiled(pattern: str, where: str = "The pattern") -> re.Pattern[str]:
+    """A compiled regex for `match`, `search` and `sub`, which only `re` can do.
+
+    Raises:
+        ConfigError: not a regex, or one that could backtrack too much on a name of `MAX_FAST` letters.
+    """
+    check(pattern, where=where)
+    if (quick := _compile(pattern).quick) is None:
+        raise ConfigError(f"{where}: {_too_dear(pattern, 'too many ways to match')}")
+    return quick
 
 
 def _too_dear(pattern: str, reason: str) -> str:
@@ -200,7 +232,8 @@ def _step(op: str, value: Any, flags: int) -> _Step:
         options = [_sequence(option, flags) for option in value[1]]
         return lambda state, positions: functools.reduce(lambda seen, go: seen | go(state, positions), options, 0)
     if op in ("MAX_REPEAT", "MIN_REPEAT"):
-        return _repeat(*value, flags)
+        low, high, body = value
+        return _repeat(low, high, body, flags)
     if op == "AT":
         return _anchor(str(value))
     if op in ("ASSERT", "ASSERT_NOT"):

@@ -131,6 +131,7 @@ def test_damaged_fingerprints_are_refused(text: str) -> None:
 
 def test_a_later_version_is_not_judged() -> None:
     assert fingerprint.decode('{"version":99,"anything":[]}') is None
+    assert fingerprint.decode(None) is None
 
 
 @given(

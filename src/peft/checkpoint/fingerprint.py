@@ -139,12 +139,14 @@ def encode(fingerprint: Mapping[str, Any]) -> str:
     return json.dumps(fingerprint, separators=(",", ":"), allow_nan=False)
 
 
-def decode(text: str, source: str = "the file") -> dict[str, Any] | None:
-    """Read a stored fingerprint; None if a later version wrote it.
+def decode(text: str | None, source: str = "the file") -> dict[str, Any] | None:
+    """Read a stored fingerprint; None if there is none, or a later version wrote it.
 
     Raises:
         CorruptFileError: it is damaged.
     """
+    if text is None:
+        return None
     if len(text) > MAX_BYTES:
         raise CorruptFileError(f"The base fingerprint in {source} has {len(text)} characters; {MAX_BYTES} are allowed.")
     document = strict_json.loads(text.encode("utf-8", "replace"), f"{source} ({METADATA_KEY})")

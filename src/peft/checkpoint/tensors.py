@@ -184,7 +184,7 @@ class Payload:
         file.write(self._head)
         for tensor in self.tensors.values():
             if tensor.numel():
-                file.write(memoryview(_on_cpu(tensor).reshape(-1).view(torch.uint8).numpy()))
+                file.write(_on_cpu(tensor).reshape(-1).view(torch.uint8).numpy().data)
 
 
 def encode(
