@@ -115,7 +115,7 @@ class PeftConfigMixin:
 
     def __post_init__(self) -> None:
         self.task_type = _enum(TaskType, self.task_type, "task_type")
-        self.peft_type = _enum(PeftType, self.peft_type, "peft_type")
+        self.peft_type = _enum(PeftType, getattr(self, "_peft_type", self.peft_type), "peft_type")
         if self.peft_version is None:
             self.peft_version = __version__
 

@@ -28,6 +28,7 @@ def register(peft_type: str, config: type, method: Any) -> None:
         config: The config class; its `peft_type` becomes this one.
         method: The method itself: a `WeightMethod`, an insertion or a prompt encoder.
     """
+    config._peft_type = peft_type  # type: ignore[attr-defined]
     _CONFIGS[peft_type] = config
     _METHODS[peft_type] = method
 

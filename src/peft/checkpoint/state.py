@@ -26,7 +26,9 @@ def config_of(model: nn.Module, adapter_name: str) -> Any:
     """The config of an adapter of a model, wrapped or not."""
     configs = getattr(model, "peft_config", None) or {}
     if adapter_name not in configs:
-        raise AdapterNameError(f"There is no adapter {adapter_name!r}.{nearest(adapter_name, configs)} Adapters: {list(configs)}.")
+        raise AdapterNameError(
+            f"There is no adapter {adapter_name!r}.{nearest(adapter_name, configs)} Adapters: {list(configs)}."
+        )
     return configs[adapter_name]
 
 
@@ -156,7 +158,9 @@ def load_tensors(
         rest.remove(name)
     expected = {e.memory: current[e.memory].shape for e in found}
     expected.update({name: p.shape for name, p in extra.items()})
-    shapes = {name: t.shape for name, t in placed.items()} | {_in_memory(n, found, adapter_name): given[n].shape for n in rest}
+    shapes = {name: t.shape for name, t in placed.items()} | {
+        _in_memory(n, found, adapter_name): given[n].shape for n in rest
+    }
     report = LoadReport.between({**expected, **{n: current[n].shape for n in placed if n in current}}, shapes, source)
     report.raise_if_bad(strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
     wrong = {m.name for m in report.mismatched}
@@ -211,17 +215,25 @@ def _is_embedding(name: str, current: Mapping[str, Tensor]) -> bool:
 def _in_memory(name: str, found: list[keys.Entry], adapter: str) -> str:
     """A name of a file as it would be in memory: with the adapter's name, where tensors of that kind have it."""
     head, _, tail = name.rpartition(".")
-    if tail in ("weight", "bias") and ("lora_" in head or any(e.disk.endswith(f"{head.rpartition('.')[2]}.{tail}") for e in found)):
+    if tail in ("weight", "bias") and (
+        "lora_" in head or any(e.disk.endswith(f"{head.rpartition('.')[2]}.{tail}") for e in found)
+    ):
         return f"{head}.{adapter}.{tail}"
     return name
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor, old: Tensor | None, entry: keys.Entry | None, device: Any) -> None:
+def _assign(
+    model: nn.Module, name: str, tensor: Tensor, old: Tensor | None, entry: keys.Entry | None, device: Any
+) -> None:
     if old is None:
         return
     place = old.device
     if place.type == "meta":
-        place = torch.device(device) if device is not None else (entry.layer.host.device if entry and entry.layer else tensor.device)
+        place = (
+            torch.device(device)
+            if device is not None
+            else (entry.layer.host.device if entry and entry.layer else tensor.device)
+        )
         place = torch.device("cpu") if place.type == "meta" else place
     value = tensor.to(device=place, dtype=old.dtype)
     # A file's tensor may be mapped from disk; an adapter owns its memory, since the file may be replaced.
@@ -268,7 +280,7 @@ def describe(state: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in state.values())
 
 
-def base_sketch(model: nn.Module, adapter: str) -> dict[str, Any] | None:
+def base_sketch(model: nn.Module, adapter: str, only: list[str] | None = None) -> dict[str, Any] | None:
     """The fingerprint of the base weights that an adapter changes; None if there are none."""
     found = {}
     for path, module in model.named_modules():
@@ -280,7 +292,7 @@ def base_sketch(model: nn.Module, adapter: str) -> dict[str, Any] | None:
             found[f"{key}.{name}"] = tensor.detach()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             continue
-    return fingerprint.sketch(found) if found else None
+    return fingerprint.sketch(found, {}, only=only) if found else None
 
 
 def load_peft_weights(

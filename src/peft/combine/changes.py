@@ -36,7 +36,7 @@ def layout(layer: AdaptedLayer) -> Layout:
 
 
 def lora_term(layer: AdaptedLayer, adapter: str) -> Term | None:
-    """A LoRA adapter of a layer, or None where it leaves the layer alone. DoRA comes as the change that merging makes."""
+    """A LoRA adapter of a layer, or None where it has none. DoRA comes as the change that merging makes."""
     if adapter not in layer.available_adapters:
         return None
     p = layer.parts(adapter)

@@ -121,6 +121,11 @@ def clamped(factors: Factors, quantile: float) -> Factors:
     return Factors(factors.A.clamp(-high, high), factors.B.clamp(-high, high))
 
 
+def frobenius(tensor: Tensor) -> float:
+    """‖tensor‖, summed in float64 where the device has it."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(wide(tensor[:0]).dtype, tensor.dtype)))
+
+
 def relative(error: float, norm: float) -> float:
     """error / norm, and 0 where there is nothing to approximate."""
     return error / norm if norm else 0.0
@@ -242,7 +247,7 @@ def truncate(
     if delta.is_meta:
         return result, math.nan
     residual = torch.addmm(work, result.B[0].to(work.dtype), result.A[0].to(work.dtype), alpha=-1.0)
-    return result, relative(float(torch.linalg.vector_norm(residual)), float(torch.linalg.vector_norm(work)))
+    return result, relative(frobenius(residual), frobenius(work))
 
 
 def _leading(delta: Tensor, rank: int, most: int = 24) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 from peft.errors import ConfigError, UnsupportedError
 from peft.methods.lora.config import LoraConfig
 from peft.methods.lora.inits import CHANGES_BASE
-from peft.patterns import safe_fullmatch
+from peft.patterns import fullmatch
 
 _REFUSED = {
     "arrow_config": "an Arrow adapter routes among others by the token, so it is no one change of the weight",
@@ -58,7 +59,7 @@ def check_base_unchanged(configs: Mapping[str, LoraConfig]) -> None:
 def pattern_value(table: Mapping[str, Any] | None, key: str, default: Any) -> Any:
     """The entry of a `rank_pattern` or `alpha_pattern` for a module; the first that matches wins."""
     for pattern, value in (table or {}).items():
-        if safe_fullmatch(rf"(.*\.)?({pattern})", key):
+        if fullmatch(rf"(.*\.)?({pattern})", key):
             return value
     return default
 
@@ -84,7 +85,7 @@ def result_config(
     rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
     pattern = {_only(key, ranks): r for key, r in ranks.items() if r != rank}
     return dataclasses.replace(
-        configs[0],
+        copy.deepcopy(configs[0]),
         r=rank,
         lora_alpha=rank,
         rank_pattern=pattern,

@@ -77,19 +77,24 @@ def _elect_and_merge(trimmed: Iterable[Tensor], weights: Tensor, method: SignMet
     The result of either election is accumulated in one pass, and chosen when all votes are in.
     """
     check_sign_method(method)
-    votes = plus = minus = torch.zeros(())
-    ayes = noes = torch.zeros((), dtype=torch.int16)
-    dtype = weights.dtype
-    for t, w in zip(trimmed, weights, strict=True):
+    dtype, sums = weights.dtype, None
+    for t, w in zip(trimmed, weights.tolist(), strict=True):
         dtype = torch.promote_types(dtype, t.dtype)
         work = t if t.dtype == torch.float64 else t.float()
-        votes = votes.to(t.device) + (work if method == "total" else work.sign())
-        plus = plus.to(t.device) + w * work.clamp_min(0)
-        minus = minus.to(t.device) + w * work.clamp_max(0)
-        ayes = ayes.to(t.device) + (work > 0).to(torch.int16)
-        noes = noes.to(t.device) + (work < 0).to(torch.int16)
-    merged = torch.where(votes >= 0, plus / ayes.clamp_min(1), minus / noes.clamp_min(1))
-    return merged.to(dtype)
+        if sums is None:
+            votes, plus, minus = (torch.zeros_like(work) for _ in range(3))
+            ayes, noes = (torch.zeros_like(work, dtype=torch.int16) for _ in range(2))
+            sums = votes, plus, minus, ayes, noes
+        votes, plus, minus, ayes, noes = sums
+        votes += work if method == "total" else work.sign()
+        plus.add_(work.clamp_min(0), alpha=w)
+        minus.add_(work.clamp_max(0), alpha=w)
+        ayes += work > 0
+        noes += work < 0
+    if sums is None:
+        raise ConfigError("There is nothing to merge: no task tensors were given.")
+    votes, plus, minus, ayes, noes = sums
+    return torch.where(votes >= 0, plus / ayes.clamp_min(1), minus / noes.clamp_min(1)).to(dtype)
 
 
 def ties(

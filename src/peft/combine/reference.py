@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from peft.combine.factored import Factors, clamped, distance, relative, result_dtype, stack, wide
+from peft.combine.factored import Factors, clamped, distance, frobenius, relative, result_dtype, stack, wide
 from peft.combine.terms import CombinedLayer, Recipe, Term
 from peft.errors import ConfigError, UnsupportedError
 
@@ -78,8 +78,8 @@ def _svd(
         factors = Factors(vh[:rank], u[:, :rank] * s[:rank]) if rank <= len(s) else _too_large(rank, delta)
         factors = (factors if recipe.svd_clamp is None else clamped(factors, recipe.svd_clamp)).to(dtype)
         parts.append(factors)
-        lost += float(torch.linalg.vector_norm(delta - factors.dense()[0].to(delta.dtype))) ** 2
-        norms += float(torch.linalg.vector_norm(delta)) ** 2
+        lost += frobenius(delta - factors.dense()[0].to(delta.dtype)) ** 2
+        norms += frobenius(delta) ** 2
     whole = Factors(torch.cat([p.A for p in parts]), torch.cat([p.B for p in parts]))
     return CombinedLayer(whole, None, relative(math.sqrt(lost), math.sqrt(norms)), math.sqrt(norms))
 

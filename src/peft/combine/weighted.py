@@ -29,7 +29,18 @@ import torch
 from torch import Tensor
 
 from peft.combine import merge
-from peft.combine.factored import Factors, clamped, distance, recompress, relative, result_dtype, stack, truncate, wide
+from peft.combine.factored import (
+    Factors,
+    clamped,
+    distance,
+    frobenius,
+    recompress,
+    relative,
+    result_dtype,
+    stack,
+    truncate,
+    wide,
+)
 from peft.combine.prune import prune
 from peft.combine.reference import reference_layers
 from peft.combine.terms import CombinationType, CombinedLayer, CombineReport, Recipe, Term, check_weights, present
@@ -103,12 +114,23 @@ def combine_layer(
 ) -> CombinedLayer:
     """The combination of one layer, as the table of the module defines it."""
     found, kept = present(terms, weights)
+    if any(t.factors.A.is_meta for t in found):
+        return _shapes(found, recipe)
     bias = _combine_bias(found, kept, recipe, generator)
     if recipe.dense or any(t.delta is not None for t in found):
         factors, error, norm = _combine_dense(found, kept, recipe, generator)
     else:
         factors, error, norm = _combine_factored(found, kept, recipe, generator)
     return CombinedLayer(factors, bias, error, norm)
+
+
+def _shapes(terms: list[Term], recipe: Recipe) -> CombinedLayer:
+    """On the meta device: what the shapes will be if no term depends on another."""
+    whole, dtype = stack([t.factors for t in terms]), result_dtype([t.factors for t in terms])
+    most = whole.rank if recipe.combination_type == "cat" else min(whole.rank, *whole.shape[1:])
+    rank = min(most, recipe.svd_rank) if isinstance(recipe.svd_rank, int) else most
+    factors = Factors(whole.A[:, :rank], whole.B[..., :rank]).to(dtype)
+    return CombinedLayer(factors, next((t.bias for t in terms if t.bias is not None), None), math.nan, math.nan)
 
 
 def _combine_factored(
@@ -151,7 +173,7 @@ def _combine_dense(
         signed = (t.block(index) * sign for t, sign in zip(terms, signs, strict=True))  # lazily: one at a time
         merged = recipe.merge(signed, sizes, generator)
         factors, error = truncate(merged, rank, dtype, recipe.svd_clamp, recipe.svd_driver)
-        norm = float(torch.linalg.vector_norm(merged)) if not merged.is_meta else math.nan
+        norm = frobenius(merged)
         parts.append(factors)
         lost, norms = lost + (error * norm) ** 2, norms + norm**2
     most = max(p.rank for p in parts)

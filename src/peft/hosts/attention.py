@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft.hosts.base import Host
 from peft.hosts.parameter import lend
@@ -16,6 +16,7 @@ class MultiheadAttentionHost(Host):
     name = "MultiheadAttention"
     types = ("torch.nn.modules.activation.MultiheadAttention",)
     factored = False
+    always_acts = True
     parameter = "in_proj_weight"
     bias_parameter = "in_proj_bias"
 
@@ -23,7 +24,18 @@ class MultiheadAttentionHost(Host):
         changed: dict[str, Tensor | None] = {"in_proj_weight": weight.to(self.dtype)}
         if bias is not None:
             changed["in_proj_bias"] = bias.to(self.dtype)
-        return lend(self.module, **changed)(x, *args, **kwargs)
+        twin = lend(self.module, **changed)
+        twin.__dict__["_modules"] = {**self.module._modules, "out_proj": self.output()}
+        return twin(x, *args, **kwargs)
+
+    def output(self) -> nn.Module:
+        """The output projection as the functional reads it: a plain layer with the weight that its adapters mean."""
+        projection = self.module.out_proj
+        if not hasattr(projection, "effective"):
+            return projection
+        weight, bias = projection.effective()
+        bias = None if bias is None else bias.to(self.dtype)
+        return lend(projection.base_layer, weight=weight.to(self.dtype), bias=bias)
 
     def rows(self, x: Tensor, kwargs: dict[str, Any]) -> int:
         return 0 if self.module.batch_first else 1

@@ -26,6 +26,12 @@ class Host:
     """Qualified names of the layer types, so that nothing is imported to look one up."""
     factored: ClassVar[bool] = True
     """Whether updates run on the way, without the dense weight."""
+    on_input: ClassVar[bool] = False
+    """Whether an operator can be applied to the layer's input in place of its weight."""
+    takes_bias: ClassVar[bool] = True
+    """Whether the layer type has a bias at all."""
+    always_acts: ClassVar[bool] = False
+    """Whether `act` runs even with nothing to update, because parts inside the layer may be adapted."""
     one_hot: ClassVar[bool] = False
     """Whether inputs are indices of the columns of W (an embedding) and can't be multiplied by anything."""
     fan_in_fan_out: ClassVar[bool] = False

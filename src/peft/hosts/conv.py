@@ -31,7 +31,7 @@ class ConvHost(Host):
     @property
     def layout(self) -> dict[str, int]:
         kernel = self.raw.shape[2:]
-        return {"channels": self.module.in_channels, "taps": math.prod(kernel), "kernel": kernel[0]}
+        return {"channels": self.module.in_channels, "taps": math.prod(kernel), "spatial": self.dimensions}
 
     def weight(self) -> Tensor:
         return self.raw.flatten(1)

@@ -18,6 +18,7 @@ class EmbeddingHost(Host):
     name = "Embedding"
     types = ("torch.nn.modules.sparse.Embedding",)
     one_hot = True
+    takes_bias = False
 
     def weight(self) -> Tensor:
         return self.raw.mT

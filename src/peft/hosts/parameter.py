@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft.hosts.base import Host
-from peft.operators import Operator
 
 
 def lend(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
@@ -30,6 +28,7 @@ class ParameterHost(Host):
 
     name = "ParamWrapper"
     factored = False
+    takes_bias = False
 
     def __init__(self, module: nn.Module, parameter_name: str) -> None:
         super().__init__(module)
@@ -64,9 +63,3 @@ class ParameterHost(Host):
 
     def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return lend(self.module, **{self.parameter: self.native(weight).to(self.dtype)})(x, *args, **kwargs)
-
-    def out(self, op: Operator, y: Tensor) -> Tensor:
-        raise NotImplementedError("a parameter has no output of its own")
-
-    def leaf(self, kind: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> nn.Module | None:
-        return super().leaf(kind, shape, device, dtype)

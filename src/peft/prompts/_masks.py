@@ -51,7 +51,9 @@ def _prepared(
     ends = view.get_seq_length(layer) + torch.arange(queries, device=device)[:, None]
     seen = _causal(torch.arange(rows.length, device=device), ends, window)
     seen = seen & rows.visible(batch, device)[:, None, None, :]
-    if mask is None:  # a mask that the model would have left to `is_causal`, which assumes keys and queries begin together
+    if (
+        mask is None
+    ):  # a mask that the model would have left to `is_causal`, which assumes keys and queries begin together
         keys = torch.arange(rows.length, view.mask_length(queries, layer), device=device)
         return torch.cat([seen, _causal(keys, ends, window).expand(batch, 1, -1, -1)], dim=-1)
     if mask.dtype != torch.bool:

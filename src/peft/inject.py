@@ -1,0 +1,691 @@
+"""Putting adapters into a model: plan first, then touch; all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft import targets
+from peft.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper, check_name
+from peft.config import PeftType, TargetedConfig
+from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError, nearest
+from peft.hosts import Host, host_class
+from peft.hosts.parameter import ParameterHost
+from peft.layer import AdaptedLayer, adapt
+from peft.method import Site, WeightMethod, method_of
+from peft.slots import BufferDict, adapter_dtype
+
+
+@dataclass
+class Target:
+    """One layer to adapt."""
+
+    key: str
+    module: nn.Module
+    parameter: str | None = None
+
+    @property
+    def host(self) -> Host:
+        """The layer as a weight that acts."""
+        inner = self.module.get_base_layer() if isinstance(self.module, AdaptedLayer) else self.module
+        if self.parameter is not None:
+            return ParameterHost(inner, self.parameter)
+        cls = host_class(inner)
+        if cls is None:
+            adapt(inner, WeightMethod(), self.key)  # raises, with the reason
+            raise AssertionError
+        return cls(inner)
+
+
+@dataclass
+class Plan:
+    """What adding an adapter would do."""
+
+    targets: list[Target]
+    whole: list[str] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    matches: targets.Matches = field(default_factory=targets.Matches)
+
+
+def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | None = None) -> Plan:
+    """Decide what to adapt, without changing anything but `config.target_modules` where that was left open.
+
+    Args:
+        model: The model.
+        config: What is asked for.
+        keys: Adapt exactly these modules (they come from the tensors of a file).
+    """
+    modules = dict(_named_modules(model))
+    if keys is not None:
+        matches = targets.Matches(modules={key: key for key in keys})
+    else:
+        targets.complete(config, model)
+        matches = targets.find(config, model)
+        if not config.trainable_token_indices and not config.modules_to_save:
+            targets.demand(config, model, matches)
+        elif config.target_modules or config.target_parameters:
+            targets.demand(config, model, matches)
+    found = [Target(key, modules[key]) for key in matches.modules]
+    for path in matches.parameters:
+        key, _, name = path.rpartition(".")
+        if not key:
+            raise TargetError(
+                f"target_parameters: {name!r} belongs to the model itself; only parameters of submodules can be adapted."
+            )
+        found.append(Target(key, modules[key], name))
+    whole = []
+    if config.modules_to_save:
+        spec = targets.matcher(config.modules_to_save, "modules_to_save")
+        whole = [key for key in modules if key and spec is not None and spec.entry(key) is not None]
+        missed = spec.entries - {spec.entry(key) for key in whole} if spec else set()
+        matches.unmatched["modules_to_save"] = sorted(missed)
+    return Plan(found, whole, _tokens(model, config, modules), matches)
+
+
+def _tokens(model: nn.Module, config: TargetedConfig, modules: Mapping[str, nn.Module]) -> dict[str, list[int]]:
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return {}
+    if not isinstance(wanted, Mapping):
+        name = input_embedding_name(model)
+        if name is None:
+            raise TargetError(
+                "trainable_token_indices: no input embedding was found; give {'name of the embedding': ids}."
+            )
+        wanted = {name: list(wanted)}
+    result = {}
+    for entry, ids in wanted.items():
+        found = [key for key in modules if targets.Names([entry]).entry(key)]
+        if not found:
+            raise TargetError(f"trainable_token_indices: there is no module {entry!r}.{nearest(entry, modules)}")
+        result.update(dict.fromkeys(found, list(ids)))
+    return result
+
+
+def input_embedding_name(model: nn.Module) -> str | None:
+    """Path of the input embedding: what the model says it is, else the only `nn.Embedding` of its kind."""
+    get = getattr(model, "get_input_embeddings", None)
+    module = None
+    if callable(get):
+        try:
+            module = get()
+        except (NotImplementedError, AttributeError):
+            module = None
+    for key, candidate in _named_modules(model):
+        if module is not None and candidate is module:
+            return key
+    names = [key for key, m in _named_modules(model) if isinstance(m, nn.Embedding)]
+    return next((k for k in names if k.rpartition(".")[2] in ("embed_tokens", "word_embeddings", "wte")), None)
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules as targets name them, as they stand in the model now (adapted layers and wrappers included)."""
+    yield from targets._adaptable(model)
+
+
+class Undo:
+    """Replacements of submodules that can be taken back."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def replace(self, model: nn.Module, key: str, new: nn.Module) -> None:
+        """Put `new` where the module `key` stands."""
+        parent, name = parent_of(model, key)
+        old = parent._modules[name]
+        parent._modules[name] = new
+        self.later(lambda: parent._modules.__setitem__(name, old))
+
+    def later(self, step: Callable[[], None]) -> None:
+        """A step to run if all is taken back."""
+        self._steps.append(step)
+
+    def back(self) -> None:
+        """Take everything back, last first."""
+        while self._steps:
+            self._steps.pop()()
+
+
+def parent_of(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """The module that holds `key`, and the name in it; adapted layers on the way count as the layers they adapt."""
+    parent = model
+    *path, name = key.split(".")
+    for part in path:
+        parent = _inner(parent)._modules[part]  # type: ignore[assignment]
+    return _inner(parent), name
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    if isinstance(module, AdaptedLayer):
+        return module.get_base_layer()
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _inner(module.original_module)
+    return module
+
+
+def inject(
+    model: nn.Module,
+    config: TargetedConfig,
+    adapter_name: str,
+    *,
+    root: nn.Module | None = None,
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = True,
+    keys: Sequence[str] | None = None,
+    create: Callable[..., None] | None = None,
+) -> Plan:
+    """Add an adapter to a model, in place. If it fails, the model is as it was.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: A weight method's config; `target_modules` is filled in if it was left to the architecture.
+        adapter_name: A new name.
+        root: Module that holds tensors which layers share (default: the model).
+        low_cpu_mem_usage: Create adapters on the meta device, for a load that follows.
+        autocast_adapter_dtype: Train adapters of half precision models in float32.
+        keys: Adapt exactly these modules.
+        create: Replaces `wrap` (a hook of the tuner classes).
+
+    Raises:
+        TargetError: a target does not exist or has no host; or the method has no meaning on it.
+        AdapterNameError: the name is taken, or can't be one.
+    """
+    check_name(adapter_name)
+    method = method_of(config)
+    plan = make_plan(model, config, keys)
+    _check_bias(model, config)
+    tied = tied_modules(model)
+    undo = Undo()
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        undo.later(lambda: [p.requires_grad_(True) for p in frozen])  # type: ignore[func-returns-value]
+        _adapt_layers(
+            model,
+            method,
+            config,
+            adapter_name,
+            plan,
+            undo,
+            root or model,
+            low_cpu_mem_usage,
+            autocast_adapter_dtype,
+            create,
+        )
+        _train_whole(model, config, adapter_name, plan.whole, tied, undo, autocast_adapter_dtype)
+        _train_tokens(model, config, adapter_name, plan.tokens, tied, undo, low_cpu_mem_usage, autocast_adapter_dtype)
+    except BaseException:
+        undo.back()
+        raise
+    _train_biases(model, config)
+    for name, entries in plan.matches.unmatched.items():
+        if entries:
+            _warn_unmatched(model, name, entries)
+    return plan
+
+
+def _adapt_layers(
+    model: nn.Module,
+    method: WeightMethod,
+    config: TargetedConfig,
+    adapter_name: str,
+    plan: Plan,
+    undo: Undo,
+    root: nn.Module,
+    meta: bool,
+    autocast: bool,
+    create: Callable[..., None] | None,
+) -> None:
+    hosts = {t.key if t.parameter is None else f"{t.key}.{t.parameter}": t.host for t in plan.targets}
+    method.check_targets(config, hosts)
+    banks, shared = _share(method, config, adapter_name, hosts, root, undo, autocast)
+    for index, target in enumerate(plan.targets):
+        key = target.key if target.parameter is None else f"{target.key}.{target.parameter}"
+        site = Site(key, index, len(plan.targets), shared)
+        options = {"site": site, "meta": meta, "autocast": autocast, "banks": banks}
+        (create or wrap)(model, config, adapter_name, target, options, undo)
+
+
+def wrap(
+    model: nn.Module, config: Any, adapter_name: str, target: Target, options: dict[str, Any], undo: Undo
+) -> AdaptedLayer:
+    """Add the adapter to one layer, which becomes an adapted layer if it is none yet."""
+    method = method_of(config)
+    parent, name = parent_of(model, target.key)
+    module = parent._modules[name]
+    assert module is not None
+    holder = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
+    if isinstance(module, ModulesToSaveWrapper):
+        raise TargetError(
+            f"{target.key!r} is trained whole by another adapter (modules_to_save); it can't be adapted as well."
+        )
+    existing = _layer_of(holder.base_layer if holder is not None else module, target.parameter)
+    if existing is not None:
+        _guard(existing, adapter_name, target.key)
+        existing.add_adapter(adapter_name, config, **options)
+        undo.later(lambda: existing._forget(adapter_name))
+        layers = [existing]
+    else:
+        inner = holder.base_layer if holder is not None else module
+        layer = adapt(inner, method, target.key, target.parameter)
+        layer.add_adapter(adapter_name, config, **options)
+        if holder is not None:
+            holder.base_layer = layer
+            undo.later(lambda: setattr(holder, "base_layer", inner))
+        else:
+            undo.replace(model, target.key, layer)
+        layers = [layer]
+    if layers[0].host.always_acts:
+        layers.append(_wrap_output(layers[0], config, adapter_name, options, undo))
+    for layer in layers:
+        if not layer._active_adapter:
+            layer.set_adapter(adapter_name)
+    return layers[0]
+
+
+def _guard(layer: AdaptedLayer, adapter_name: str, key: str) -> None:
+    if adapter_name in layer._adapters:
+        raise AdapterNameError(
+            f"{key!r} has an adapter named {adapter_name!r} already; delete it or choose another name."
+        )
+
+
+def _layer_of(module: nn.Module | None, parameter: str | None) -> AdaptedLayer | None:
+    """The adapted layer, among those nested around one module, that adapts this parameter (None: the layer itself)."""
+    while isinstance(module, AdaptedLayer):
+        mine = module.__dict__.get("parameter_name")
+        if mine == parameter:
+            return module
+        module = module.base_layer
+    return None
+
+
+def _wrap_output(layer: AdaptedLayer, config: Any, name: str, options: dict[str, Any], undo: Undo) -> AdaptedLayer:
+    """The output projection of an attention layer, adapted beside its input projection."""
+    attention = layer.get_base_layer()
+    projection = attention.out_proj
+    site = Site(f"{options['site'].key}.out_proj", options["site"].index, options["site"].count, options["site"].shared)
+    if not isinstance(projection, AdaptedLayer):
+        wrapped = adapt(projection, method_of(config), site.key)
+        attention._modules["out_proj"] = wrapped
+        undo.later(lambda: attention._modules.__setitem__("out_proj", projection))
+        projection = wrapped
+    projection.add_adapter(name, config, **{**options, "site": site})
+    undo.later(lambda: projection._forget(name))
+    return projection
+
+
+def _share(
+    method: WeightMethod,
+    config: Any,
+    adapter_name: str,
+    hosts: Mapping[str, Host],
+    root: nn.Module,
+    undo: Undo,
+    autocast: bool,
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """What the layers of one adapter share; tensors become banks of the root module."""
+    first = next(iter(hosts.values()), None)
+    if first is None:
+        return {}, {}
+    with torch.no_grad():
+        shared = method.shared(config, hosts, first.device, adapter_dtype(first.dtype, autocast))
+    banks: dict[str, nn.Module] = {}
+    for name, value in shared.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name not in root._modules:
+            trained = isinstance(value, nn.Parameter)
+            root.add_module(name, nn.ParameterDict() if trained else BufferDict(persistent=False))
+        bank = root._modules[name]
+        assert bank is not None
+        bank[adapter_name] = value  # type: ignore[index]
+        undo.later(lambda bank=bank: bank.__delitem__(adapter_name))  # type: ignore[union-attr]
+        banks[name] = bank
+    return banks, shared
+
+
+# ---------------------------------------------------------------- ties
+
+
+def tied_modules(model: nn.Module) -> dict[int, list[str]]:
+    """Modules that share a weight, by the weight's identity: `{id: [paths]}`, only where there are several."""
+    found: dict[int, list[str]] = {}
+    for key, module in targets._adaptable(model):
+        inner = _inner(module)
+        weight = inner._parameters.get("weight")
+        if weight is not None and isinstance(inner, (nn.Embedding, nn.Linear)):
+            found.setdefault(id(weight), []).append(key)
+    return {identity: keys for identity, keys in found.items() if len(keys) > 1}
+
+
+def _partners(tied: dict[int, list[str]], key: str) -> list[str]:
+    return next(([k for k in keys if k != key] for keys in tied.values() if key in keys), [])
+
+
+def _keep_tied(config: TargetedConfig, what: str, key: str, partners: list[str]) -> bool:
+    """Whether what trains at `key` shall train at its partners too; new adapters say so in their config."""
+    if config.ensure_weight_tying is None:
+        config.ensure_weight_tying = True
+    if not config.ensure_weight_tying:
+        warnings.warn(
+            f"{key!r} shares its weight with {partners}, but ensure_weight_tying is False: {what} changes {key!r} alone, and "
+            "after merging the two are no longer tied.",
+            PeftWarning,
+            stacklevel=4,
+        )
+    return config.ensure_weight_tying
+
+
+# ---------------------------------------------------------------- what trains besides
+
+
+def _train_whole(
+    model: nn.Module,
+    config: TargetedConfig,
+    adapter_name: str,
+    keys: list[str],
+    tied: dict[int, list[str]],
+    undo: Undo,
+    autocast: bool,
+) -> None:
+    done: dict[str, ModulesToSaveWrapper] = {}
+    todo = list(keys)
+    for key in keys:
+        partners = _partners(tied, key)
+        if partners and _keep_tied(config, "modules_to_save", key, partners):
+            todo += [p for p in partners if p not in todo]
+    for key in todo:
+        parent, name = parent_of(model, key)
+        module = parent._modules[name]
+        source = (
+            next((done[p] for p in _partners(tied, key) if p in done), None) if config.ensure_weight_tying else None
+        )
+        if isinstance(module, ModulesToSaveWrapper):
+            wrapper = module
+            wrapper.update(adapter_name, autocast=autocast)
+            undo.later(lambda w=wrapper: w.delete_adapter(adapter_name))
+        else:
+            assert module is not None
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                raise TargetError(f"{key!r} can't be in both modules_to_save and trainable_token_indices.")
+            wrapper = ModulesToSaveWrapper.__new__(ModulesToSaveWrapper)
+            AuxiliaryTrainingWrapper.__init__(wrapper)
+            wrapper.original_module, wrapper.modules_to_save = module, nn.ModuleDict({})
+            wrapper.training = module.training
+            wrapper.update(adapter_name, autocast=autocast)
+            undo.replace(model, key, wrapper)
+        if source is not None:
+            wrapper.modules_to_save[adapter_name].weight = source.modules_to_save[adapter_name].weight
+        done[key] = wrapper
+        if not wrapper._active_adapter:
+            wrapper.set_adapter(adapter_name)
+
+
+def _train_tokens(
+    model: nn.Module,
+    config: TargetedConfig,
+    adapter_name: str,
+    tokens: dict[str, list[int]],
+    tied: dict[int, list[str]],
+    undo: Undo,
+    meta: bool,
+    autocast: bool,
+) -> None:
+    for key, ids in tokens.items():
+        first: AdaptedLayer | None = None
+        for place in (key, *(_partners(tied, key) if config.ensure_weight_tying is not False or True else ())):
+            parent, name = parent_of(model, place)
+            module = parent._modules[name]
+            assert module is not None
+            if isinstance(module, ModulesToSaveWrapper):
+                raise TargetError(f"{place!r} can't be in both modules_to_save and trainable_token_indices.")
+            options = {"token_indices": ids, "tied_adapter": first, "meta": meta, "autocast": autocast}
+            if isinstance(module, TrainableTokensWrapper):
+                wrapper = module
+                wrapper.update(adapter_name, **options)
+                undo.later(lambda w=wrapper: w.delete_adapter(adapter_name))
+            else:
+                wrapper = TrainableTokensWrapper(module, adapter_name, ids, first)
+                if meta:
+                    wrapper.update(adapter_name, **options)
+                undo.replace(model, place, wrapper)
+            first = first or wrapper.token_adapter
+            if not wrapper._active_adapter:
+                wrapper.set_adapter(adapter_name)
+
+
+def train_besides(model: nn.Module, config: Any, adapter_name: str, autocast: bool = True) -> None:
+    """Train the config's `modules_to_save` whole, for methods that change no layer."""
+    wanted = getattr(config, "modules_to_save", None)
+    if not wanted:
+        return
+    names = targets.Names(wanted)
+    keys = [key for key, _ in _named_modules(model) if key and names.entry(key)]
+    undo = Undo()
+    try:
+        _train_whole(model, _Untied(), adapter_name, keys, {}, undo, autocast)  # type: ignore[arg-type]
+    except BaseException:
+        undo.back()
+        raise
+
+
+class _Untied:
+    """What `_train_whole` reads of a config that knows no ties."""
+
+    ensure_weight_tying = False
+
+
+def _check_bias(model: nn.Module, config: TargetedConfig) -> None:
+    if config.bias == "none":
+        return
+    others = [
+        n
+        for n, c in (getattr(model, "peft_config", None) or {}).items()
+        if getattr(c, "bias", "none") != "none" and c is not config
+    ]
+    if others:
+        raise StateError(
+            f"Adapter {others[0]!r} trains biases of the base model (bias={getattr(model, 'peft_config')[others[0]].bias!r}); they belong "
+            "to the base layers, so only 1 adapter with bias is possible. Set bias='none' for the new one."
+        )
+
+
+def _train_biases(model: nn.Module, config: TargetedConfig) -> None:
+    """Unfreeze biases of the base model: all of them, or those of adapted layers ('<method>_only')."""
+    for _, parameter in bias_parameters(model, config.bias):
+        parameter.requires_grad_(True)
+
+
+def bias_parameters(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Biases of the base model that `bias` ('none', 'all', '<method>_only') means, by their names in the state dict."""
+    if bias == "none":
+        return
+    adapted = {id(m.get_base_layer()) for m in model.modules() if isinstance(m, AdaptedLayer)}
+    inside = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, AdaptedLayer)
+        for k, c in m._modules.items()
+        if k != "base_layer" and c is not None
+        for p in c.parameters()
+    }
+    copies = {
+        id(p) for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for p in m.modules_to_save.parameters()
+    }
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or "bias" not in key or id(parameter) in inside or id(parameter) in copies:
+                continue
+            if bias == "all" or (bias.endswith("_only") and id(module) in adapted):
+                yield (f"{name}.{key}" if name else key), parameter
+
+
+def _warn_unmatched(model: nn.Module, name: str, entries: list[str]) -> None:
+    names = {part for key, _ in targets._adaptable(model) for part in (key, key.rpartition(".")[2])}
+    warnings.warn(
+        f"{name}: {entries} match nothing in the model.{nearest(entries[0].rpartition('.')[2], names)}",
+        PeftWarning,
+        stacklevel=4,
+    )
+
+
+def layers(model: nn.Module) -> Iterator[AdaptedLayer]:
+    """All adapted layers of a model."""
+    return (m for m in model.modules() if isinstance(m, AdaptedLayer))
+
+
+def wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
+    """All modules of a model that stand for trained copies."""
+    return (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+
+
+def adapters_in(model: nn.Module) -> list[str]:
+    """Names of all adapters that have something in the model, in order of appearance."""
+    names: dict[str, None] = {}
+    for layer in layers(model):
+        names.update(dict.fromkeys(layer.available_adapters))
+    for wrapper in wrappers(model):
+        names.update(dict.fromkeys(wrapper.names()))
+    return list(names)
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make adapters active in all layers, and trainable unless `inference_mode`.
+
+    Raises:
+        AdapterNameError: nothing in the model has such an adapter.
+    """
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    there = adapters_in(model)
+    for name in names:
+        if name not in there and there:
+            raise AdapterNameError(f"Adapter {name!r} was not found.{nearest(name, there)} Adapters: {there}.")
+    for wrapper in wrappers(model):
+        if len([n for n in names if n in wrapper.names()]) > 1:
+            wrapper.set_adapter(names)  # raises before anything changes
+    tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
+    for layer in layers(model):
+        if id(layer) not in tokens:
+            if layer.merged and layer.merged_adapters != names:
+                warnings.warn(
+                    "Adapters are merged; the merged ones stay in effect until unmerge().", PeftWarning, stacklevel=2
+                )
+            layer.set_adapter(names, inference_mode)
+    for wrapper in wrappers(model):
+        wrapper.set_adapter(names, inference_mode)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
+    """Remove an adapter from all layers; returns the names of the adapters active afterwards.
+
+    Raises:
+        StateError: it is merged.
+    """
+    for layer in layers(model):
+        if adapter_name in layer.merged_adapters:
+            raise StateError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it.")
+    active: list[str] = []
+    tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)
+        for layer in layers(model):
+            if id(layer) not in tokens:
+                layer.delete_adapter(adapter_name)
+                active = active or layer.active_adapters
+    for wrapper in wrappers(model):
+        wrapper.delete_adapter(adapter_name, active)
+    for bank in banks(model):
+        if adapter_name in bank:
+            del bank[adapter_name]
+    return active
+
+
+def banks(model: nn.Module) -> list[Any]:
+    """What layers share: per-adapter dicts of the root module."""
+    found: dict[int, Any] = {}
+    for layer in layers(model):
+        for bank in layer._banks.values():
+            found[id(bank)] = bank
+    return list(found.values())
+
+
+def enable_adapters(model: nn.Module, enabled: bool) -> None:
+    """Run with adapters, or as the base model."""
+    for module in (*layers(model), *wrappers(model)):
+        module.enable_adapters(enabled)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Let adapters train, or freeze them."""
+    for module in (*layers(model), *wrappers(model)):
+        module.set_requires_grad(adapter_names, requires_grad)
+
+
+def unload(
+    model: nn.Module,
+    merge: bool,
+    safe_merge: bool = False,
+    adapter_names: Sequence[str] | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """Take all adapters out, after merging them or not; returns the model.
+
+    Raises:
+        ValueError: `safe_merge`, and a merged weight is not finite.
+    """
+    todo = [(key, m) for key, m in model.named_modules() if isinstance(m, (AdaptedLayer, AuxiliaryTrainingWrapper))]
+    if progress:
+        todo = _with_progress(todo, "Merging" if merge else "Unloading")
+    for key, module in reversed(list(todo)):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            left = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        else:
+            if merge and (adapter_names or module.active_adapters) and not module.disable_adapters:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", PeftWarning)
+                    module.merge(safe_merge, adapter_names)
+            elif module.merged and not merge:
+                module.unmerge()
+            left = module.base_layer
+        if not key:
+            return left
+        parent_key, _, name = key.rpartition(".")
+        model.get_submodule(parent_key)._modules[name] = left
+    _untie_config(model)
+    return model
+
+
+def _with_progress(items: list[Any], text: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=text)
+
+
+def _untie_config(model: nn.Module) -> None:
+    """If merging parted weights that the config calls tied, say so in the config, or a reload would tie them again."""
+    config = getattr(model, "config", None)
+    get_in, get_out = getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)
+    if not getattr(config, "tie_word_embeddings", False) or not callable(get_in) or not callable(get_out):
+        return
+    one, two = get_in(), get_out()
+    if one is not None and two is not None and one.weight is not two.weight:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        warnings.warn(
+            "Merging gave the input and output embeddings different weights; config.tie_word_embeddings is now False.",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+
+def peft_type_name(config: Any) -> str:
+    """The method of a config, as a string."""
+    if config.peft_type is None:
+        raise ConfigError(f"{type(config).__name__} names no method; use the config class of one, such as LoraConfig.")
+    return PeftType(config.peft_type).value

@@ -1,0 +1,793 @@
+"""The adapted layer: the one forward, the one merge, and the bookkeeping of adapters by name on one base layer.
+
+What is in effect is a stack of adapters in the order of `active_adapters`. The stack is folded over the base layer, on
+the way (`forward`) or on the parameters (`merge`), by the same updates, so the two can't disagree. Merging swaps
+the base layer's parameters for new ones and keeps the old, so unmerging is exact in every dtype and a merged part of the
+stack never changes what the whole computes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft import registry, routing
+from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError, UnsupportedError, nearest
+from peft.hosts import Host, host_class
+from peft.hosts.parameter import ParameterHost, lend
+from peft.method import Site, WeightMethod, method_of
+from peft.operators import Operator
+from peft.slots import Sizes, adapter_dtype, container, create, tensor_of
+from peft.updates import Before, Update
+
+_ADAPTER_STATE = ("base_layer", "_adapters", "_active_adapter", "merged_adapters")
+
+
+class BaseTunerLayer:
+    """What every adapted layer is: `isinstance(module, BaseTunerLayer)` finds them all."""
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+
+
+class Parts:
+    """One adapter on one layer, as its method sees it: slots as tensors, settings, banks, by attribute."""
+
+    __slots__ = ("adapter", "layer")
+
+    def __init__(self, layer: AdaptedLayer, adapter: str) -> None:
+        self.layer = layer
+        self.adapter = adapter
+
+    def __getattr__(self, name: str) -> Any:
+        layer, adapter = self.layer, self.adapter
+        stored = layer._stored.get(name, name)
+        held = layer._modules.get(stored)
+        if held is not None and adapter in held:
+            return tensor_of(held[adapter])
+        values = layer.__dict__.get(name)
+        if isinstance(values, dict) and adapter in values:
+            return values[adapter]
+        bank = layer._banks.get(name)
+        if bank is not None and adapter in bank:
+            return bank[adapter]
+        raise AttributeError(f"adapter {adapter!r} has no {name!r} here")
+
+    def has(self, name: str) -> bool:
+        """Whether the adapter has this slot, setting or bank."""
+        try:
+            getattr(self, name)
+        except AttributeError:
+            return False
+        return True
+
+    @property
+    def config(self) -> Any:
+        """The config of the adapter."""
+        return self.layer._adapters[self.adapter]
+
+    @property
+    def method(self) -> WeightMethod:
+        """The method of the adapter."""
+        return method_of(self.config)
+
+    @property
+    def training(self) -> bool:
+        """Whether the layer is in training mode."""
+        return self.layer.training
+
+    @property
+    def dropout(self) -> nn.Module | None:
+        """The dropout to apply now: None in evaluation, and when its rate is zero."""
+        name = self.method.dropout
+        module = self.layer._modules[name][self.adapter] if name else None  # type: ignore[index]
+        if module is None or isinstance(module, nn.Identity) or not module.training:
+            return None
+        return module
+
+    def call(self, host: Host) -> Call:
+        """The frozen layer, as updates see it."""
+        return Call(self.layer, host, (), {})
+
+    def leaf(self, name: str) -> nn.Module | Tensor:
+        """The module (or parameter) that holds a slot."""
+        return self.layer._modules[self.layer._stored.get(name, name)][self.adapter]  # type: ignore[index]
+
+
+class Call:
+    """The frozen layer during one call, as updates see it (`updates.Base`)."""
+
+    def __init__(self, layer: AdaptedLayer, host: Host, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.layer, self.host, self.args, self.kwargs = layer, host, args, kwargs
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer._frozen(self.host)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer._frozen(self.host)[1]
+
+    @property
+    def square_row_norms(self) -> Tensor:
+        return self.layer._square_row_norms(self.host)
+
+    def run(self, x: Tensor) -> Tensor:
+        if self._seen is not None and self._seen[0] is x:
+            return self._seen[1]
+        if self.layer.merged_adapters:
+            y = self.host.act(self.weight, self.bias, x, *self.args, **self.kwargs)
+        else:
+            y = self.layer.base_layer(x, *self.args, **self.kwargs)
+        self._seen = (x, y)
+        return y
+
+    def run_merged(self, x: Tensor) -> Tensor:
+        """The base layer as it stands, merged adapters included."""
+        return self.layer.base_layer(x, *self.args, **self.kwargs)
+
+    def lift(self, op: Operator, x: Tensor) -> Tensor:
+        return self.host.lift(op, x)
+
+    def act(self, weight: Tensor, x: Tensor) -> Tensor:
+        return self.host.act(weight, None, x)
+
+    def out(self, op: Operator, y: Tensor) -> Tensor:
+        return self.host.out(op, y)
+
+    def shift(self, y: Tensor, bias: Tensor | None, sign: int = 1) -> Tensor:
+        return self.host.shift(y, bias, sign)
+
+    def plus(self, weight: Tensor, delta: Tensor) -> Tensor:
+        return self.host.plus(weight, delta)
+
+
+class AdaptedLayer(nn.Module, BaseTunerLayer):
+    """A base layer and its adapters, any number of any methods.
+
+    Args:
+        base_layer: The layer to adapt; frozen parameters are the caller's business.
+        adapter_name: If given with `config`, an adapter to add at once.
+        config: Its config.
+        parameter_name: Adapt this parameter of the module instead of the module's weight.
+        **kwargs: Options of `add_adapter`.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig
+        >>> from peft.tuners.lora import Linear
+        >>> layer = Linear(torch.nn.Linear(4, 3), "default", config=LoraConfig(r=2))
+        >>> layer(torch.ones(1, 4)).shape
+        torch.Size([1, 3])
+    """
+
+    host_cls: ClassVar[type[Host]]
+    methods: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: Any = None,
+        *,
+        parameter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        if parameter_name is not None:
+            self.parameter_name = parameter_name
+        self.training = base_layer.training
+        self._adapters: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}
+        self._banks: dict[str, nn.Module] = {}
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self._originals: dict[str, Any] = {}
+        self._caches: dict[str, Any] = {}
+        self.merged_adapters: list[str] = []
+        if adapter_name is not None:
+            kwargs.pop("is_target_conv_1d_layer", None)
+            self.update_layer(adapter_name, config=config, **kwargs)
+            self.set_adapter(adapter_name)
+
+    # identity
+
+    @property
+    def host(self) -> Host:
+        """The base layer as a weight that acts."""
+        if self.host_cls is ParameterHost:
+            return ParameterHost(self.base_layer, self.parameter_name)
+        return self.host_cls(self.base_layer)
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost layer, under nested adapted layers."""
+        layer: nn.Module = self
+        while isinstance(layer, AdaptedLayer):
+            layer = layer.base_layer
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        return self.get_base_layer().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.get_base_layer().bias
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight as a matrix."""
+        return self.host.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight as a matrix."""
+        return self.host.out_features
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer stores its weight as (in, out)."""
+        return self.host_cls.fan_in_fan_out
+
+    def get_param(self) -> Tensor:
+        """The stored parameter that is adapted."""
+        return ParameterHost(self.get_base_layer(), self.parameter_name).raw if self._is_parameter else self.host.raw
+
+    @property
+    def _is_parameter(self) -> bool:
+        return self.host_cls is ParameterHost
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that the layer lacks are those of the base layer; adapter dicts that it lacks are empty."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _ADAPTER_STATE or "base_layer" not in self._modules:
+                raise
+            if name in type(self).adapter_layer_names:
+                return nn.ModuleDict()
+            return getattr(self._modules["base_layer"], name)
+
+    # adapters by name
+
+    def add_adapter(
+        self,
+        name: str,
+        config: Any,
+        *,
+        site: Site | None = None,
+        meta: bool = False,
+        autocast: bool = True,
+        banks: dict[str, nn.Module] | None = None,
+    ) -> None:
+        """Add an adapter, or replace the one of that name. It is not activated.
+
+        Args:
+            name: Its name; no dots.
+            config: The config of a weight method.
+            site: Where the layer is in the model.
+            meta: Allocate nothing (tensors arrive later, by loading).
+            autocast: Keep adapters of half precision bases in float32.
+            banks: Shared tensors of the adapter, by name.
+
+        Raises:
+            TargetError: the method has no meaning on this layer.
+        """
+        site = site or Site(key="")
+        if name in self.merged_adapters:
+            raise StateError(f"Adapter {name!r} is merged into {site.key!r}; unmerge it before you replace it.")
+        method, host = method_of(config), self.host
+        try:
+            settings = method.resolve(config, host, site)
+            sizes = Sizes(settings)
+            sizes.update({"in": host.in_features, "out": host.out_features, "groups": host.groups, **host.layout})
+            device = torch.device("meta") if meta else host.device
+            dtype = adapter_dtype(host.dtype, autocast)
+            made = {
+                host.slot_name(slot.name) if slot.kind in ("down", "up") else slot.name: (
+                    slot,
+                    create(slot, host, sizes, host.device if slot.derived else device, dtype),
+                )
+                for slot in method.slots
+                if slot.exists(sizes)
+            }
+        except ConfigError as error:
+            if isinstance(error, TargetError):
+                raise
+            where = f" on {site.key!r} ({type(host.module).__name__}, {host.in_features} in, {host.out_features} out)"
+            raise TargetError(f"{method.peft_type}{where}: {error}") from None
+        self._forget(name)
+        if method.peft_type not in self.methods:
+            self.__class__ = layer_class((*self.methods, method.peft_type), self.host_cls)
+        self._adapters[name] = config
+        for stored, (slot, value) in made.items():
+            self._stored[slot.name] = stored
+            if stored not in self._modules:
+                self._modules[stored] = container(value, slot.saved)
+            held = self._modules[stored]
+            held[name] = value  # type: ignore[index]
+        if method.dropout:
+            self._add_dropout(method.dropout, name, float(getattr(config, method.dropout, 0.0)))
+        for setting in method.settings:
+            self.__dict__.setdefault(setting, {})[name] = settings.get(setting)
+        self._banks.update(banks or {})
+        with torch.no_grad():
+            if host.device.type != "meta":
+                method.derive(Parts(self, name), host)
+            if device.type != "meta":
+                method.reset(Parts(self, name), host)
+        self._train_only_active()
+
+    def _add_dropout(self, field: str, name: str, rate: float) -> None:
+        if field not in self._modules:
+            self._modules[field] = nn.ModuleDict()
+        module = nn.Dropout(rate) if rate > 0 else nn.Identity()
+        self._modules[field][name] = module.train(self.training)  # type: ignore[index]
+
+    def update_layer(
+        self, adapter_name: str, r: int | None = None, lora_alpha: int | None = None, config: Any = None, **kwargs: Any
+    ) -> None:
+        """Add or replace an adapter; `r` and `lora_alpha` override the config's."""
+        from dataclasses import replace
+
+        changes = {k: v for k, v in {"r": r, "lora_alpha": lora_alpha}.items() if v}
+        self.add_adapter(adapter_name, replace(config, **changes) if changes else config)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the only active one, the first of the others becomes active."""
+        if adapter_name not in self._adapters:
+            return
+        if adapter_name in self.merged_adapters:
+            raise StateError(f"Adapter {adapter_name!r} is merged; call unmerge() before deleting it.")
+        self._forget(adapter_name)
+        if adapter_name in self._active_adapter:
+            left = [n for n in self._active_adapter if n != adapter_name]
+            if not left and self._adapters:
+                left = [next(iter(self._adapters))]
+                warnings.warn(
+                    f"Adapter {adapter_name!r} was active and is gone; {left[0]!r} is active now.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+            self.set_adapter(left)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name, keeping its place in the order."""
+        if old not in self._adapters:
+            return
+        if new in self._adapters:
+            raise AdapterNameError(f"There is an adapter named {new!r} already; delete it or choose another name.")
+        for held in self._holders():
+            if old in held:
+                value = held[old]
+                del held[old]
+                held[new] = value
+        swap = {old: new}
+        self._adapters = {swap.get(n, n): c for n, c in self._adapters.items()}
+        self._active_adapter = [swap.get(n, n) for n in self._active_adapter]
+        self.merged_adapters = [swap.get(n, n) for n in self.merged_adapters]
+
+    def _holders(self) -> Iterator[Any]:
+        """Every per-adapter dict of this layer: modules, parameters, buffers and plain values."""
+        for module in self._modules.values():
+            if isinstance(module, (nn.ModuleDict, nn.ParameterDict)) or type(module).__name__ == "BufferDict":
+                yield module
+        for setting in {s for m in self.methods for s in registry.method(m).settings}:
+            yield self.__dict__.get(setting, {})
+
+    def _forget(self, name: str) -> None:
+        for held in self._holders():
+            if name in held:
+                del held[name]
+        self._adapters.pop(name, None)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the active adapters, those of this layer or not."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self._active_adapter)
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """Names of the adapters that this layer has."""
+        return list(self._adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer runs as if it had no adapters."""
+        return self._disable_adapters
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged."""
+        return bool(self.merged_adapters)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active, in this order, and trainable unless `inference_mode`; the others freeze."""
+        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._train_only_active(inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Run with adapters (and let the active ones train), or without."""
+        self._disable_adapters = not enabled
+        if enabled:
+            self.set_adapter(self._active_adapter)
+        else:
+            for name in self._adapters:
+                self.set_requires_grad(name, False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or freeze them. Slots that never train stay frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            for slot, value in self.slots(name):
+                for parameter in value.parameters() if isinstance(value, nn.Module) else (value,):
+                    if isinstance(parameter, nn.Parameter):
+                        parameter.requires_grad_(requires_grad and slot.trains)
+
+    def _train_only_active(self, inference_mode: bool = False) -> None:
+        for name in self._adapters:
+            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+
+    def slots(self, name: str) -> Iterator[tuple[Any, Any]]:
+        """The slots of an adapter, each with the module or tensor it holds."""
+        for slot in method_of(self._adapters[name]).slots:
+            held = self._modules.get(self._stored.get(slot.name, slot.name))
+            if held is not None and name in held:
+                yield slot, held[name]  # type: ignore[index]
+
+    def parts(self, name: str) -> Parts:
+        """One adapter of this layer, by attribute."""
+        if name not in self._adapters:
+            raise AdapterNameError(f"There is no adapter {name!r} here.{nearest(name, self._adapters)}")
+        return Parts(self, name)
+
+    # scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the adapter's scaling to `scale` times its initial one."""
+        scaling = self.__dict__.get("scaling", {})
+        if adapter in scaling:
+            scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self._active_adapter:
+            if name in self.__dict__.get("scaling", {}):
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters by `scale`; None restores the initial one."""
+        for name in self._active_adapter:
+            if name in self.__dict__.get("scaling", {}):
+                self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+    def _initial_scaling(self, name: str) -> float:
+        return method_of(self._adapters[name]).initial_scaling(Parts(self, name))
+
+    # what is in effect
+
+    def _stack(self, route: routing.Route | None) -> tuple[str, ...]:
+        """Names of this layer's adapters in effect, nearest to the frozen weight first."""
+        if route is not None:
+            return tuple(n for n in route.names if n in self._adapters)
+        if self._disable_adapters:
+            return ()
+        active = tuple(n for n in self._active_adapter if n in self._adapters)
+        return tuple(n for n in self.merged_adapters if n not in active) + active
+
+    def updates(self, names: Iterable[str]) -> list[Update]:
+        """The updates that these adapters are."""
+        host = self.host
+        return [method_of(self._adapters[n]).update(Parts(self, n), host) for n in names]
+
+    def _split(self, names: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
+        """Whether the merged base layer can serve as the bottom of the stack, and what is left to run on top."""
+        merged = tuple(self.merged_adapters)
+        if names[: len(merged)] == merged:
+            return True, names[len(merged) :]
+        rest = tuple(n for n in names if n not in merged)
+        if set(merged) <= set(names) and all(u.relative for u in self.updates(names)):
+            return True, rest
+        return False, names
+
+    def _frozen(self, host: Host) -> tuple[Tensor, Tensor | None]:
+        """W and b of the base layer without merged adapters."""
+        if not self.merged_adapters:
+            return host.weight(), host.bias()
+        twin = lend(host.module, **self._parameters_as_they_were(host))
+        for attribute, value in self._originals.get("attributes", {}).items():
+            object.__setattr__(twin, attribute, value) if attribute not in twin.__dict__ else twin.__dict__.update(
+                {attribute: value}
+            )
+        original = ParameterHost(twin, self.parameter_name) if self._is_parameter else self.host_cls(twin)
+        return original.weight(), original.bias()
+
+    def _parameters_as_they_were(self, host: Host) -> dict[str, Tensor | None]:
+        device = host.device
+        kept = self._originals["parameters"]
+        return {name: None if t is None else t.to(device) for name, t in kept.items()}
+
+    def _square_row_norms(self, host: Host) -> Tensor:
+        weight = self._frozen(host)[0]
+        key = (
+            (weight.data_ptr(), weight._version, weight.device, weight.dtype) if weight.device.type != "meta" else None
+        )
+        cached = self._caches.get("square_row_norms")
+        if cached is None or cached[0] != key or key is None:
+            wide = weight if weight.dtype == torch.float64 else weight.float()
+            cached = (key, wide.detach().square().sum(1))
+            self._caches["square_row_norms"] = cached
+        return cached[1]
+
+    def effective(self, names: tuple[str, ...] | None = None) -> tuple[Tensor, Tensor | None]:
+        """The weight (out, in) and bias (out,) of the plain layer that computes what the stack computes.
+
+        Half precision bases are folded in float32.
+        """
+        host = self.host
+        names = self._stack(routing.current()) if names is None else names
+        call = Call(self, host, (), {})
+        weight, bias = self._frozen(host)
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        for update in self.updates(names):
+            weight, bias = update.weight(weight, call), update.add_bias(bias, call)
+        return weight, bias
+
+    # forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = kwargs.pop("adapter_names", None)
+        route = routing.current()
+        if rows is None and route is not None:
+            rows = route.rows
+        if rows is not None:
+            return self._forward_rows(tuple(rows), x, args, kwargs)
+        return self._forward(self._stack(route), x, args, kwargs)
+
+    def _forward(self, names: tuple[str, ...], x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        on_merged, names = self._split(names)
+        host = self.host
+        if not names and on_merged and not host.always_acts:
+            return self.base_layer(x, *args, **kwargs)
+        call = Call(self, host, args, kwargs)
+        updates = self.updates(names)
+        if not host.factored or not all(_runs(u, host) for u in updates):
+            weight, bias = (host.weight(), host.bias()) if on_merged else call.layer._frozen(host)
+            for update in updates:
+                weight, bias = update.weight(weight, call), update.add_bias(bias, call)
+            return host.act(weight, bias, x, *args, **kwargs)
+        run = call.run_merged if on_merged and self.merged_adapters else call.run
+        bias = host.bias() if on_merged else call.bias
+        for update in updates:
+            run, bias = partial(update.forward, prev=run, bias=bias, base=call), update.add_bias(bias, call)
+        return run(x)
+
+    def _forward_rows(self, rows: tuple[str, ...], x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Each sample with its own adapter: samples of one adapter run together."""
+        dim = self.host.rows(x, kwargs)
+        size = x.shape[dim]
+        if size % len(rows):
+            raise StateError(
+                f"adapter_names has {len(rows)} entries, but the batch that reaches this layer has {size} rows. "
+                "Give one name per sample."
+            )
+        each = [name for name in rows for _ in range(size // len(rows))]
+        result: list[tuple[Tensor, Any]] = []
+        for name in dict.fromkeys(each):
+            index = torch.tensor([i for i, n in enumerate(each) if n == name], device=x.device)
+            pick = partial(_take, index=index, dim=dim, size=size)
+            names = () if name == routing.BASE or name not in self._adapters else (name,)
+            picked = {key: pick(value) for key, value in kwargs.items()}
+            result.append((index, self._forward(names, pick(x), tuple(map(pick, args)), picked)))
+        return _join(result, dim, size)
+
+    # merge
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Fold adapters into the base layer's own parameters. The output does not change.
+
+        Args:
+            safe_merge: Refuse to write values that are not finite.
+            adapter_names: Which; None: the active ones.
+
+        Raises:
+            UnsupportedError: the method has no weight to merge.
+            ValueError: `safe_merge`, and the result is not finite. Nothing was changed.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self._adapters]
+        if not names:
+            return
+        for name in names:
+            method = method_of(self._adapters[name])
+            if not method.mergeable:
+                raise UnsupportedError(
+                    f"{method.peft_type} depends on the input and has no weight to merge ({name!r})."
+                )
+        wanted = {*self.merged_adapters, *names}
+        order = [n for n in self._active_adapter if n in wanted]
+        merged = [n for n in (*self.merged_adapters, *names) if n not in order] + order
+        with torch.no_grad():
+            weight, bias = self.effective(tuple(merged))
+            if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+                raise ValueError(
+                    f"NaNs or infinities in the merged weights: adapter {names} is broken. Nothing was merged."
+                )
+            self._write(weight, bias)
+        self.merged_adapters = merged
+
+    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
+        host = self.host
+        module = host.module
+        stored = {host.parameter: host.native(weight).to(host.dtype).contiguous()}
+        old_bias = module._parameters.get(host.bias_parameter)
+        if bias is not None and (old_bias is not None or host.bias_parameter in module._parameters):
+            stored[host.bias_parameter] = bias.to(host.dtype)
+        adjust = host.adjust(weight)
+        if not self.merged_adapters:
+            self._originals = {
+                "parameters": {name: module._parameters[name] for name in stored},
+                "attributes": {name: getattr(module, name) for name in adjust},
+            }
+        # New parameters, not new values: whoever shares the old ones (tied weights, unmerge) keeps them untouched.
+        for name, tensor in stored.items():
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        for name, value in adjust.items():
+            setattr(module, name, value)
+
+    def unmerge(self) -> None:
+        """Restore the base layer's parameters, bit for bit."""
+        if not self.merged_adapters:
+            warnings.warn("Nothing is merged, so there is nothing to unmerge.", PeftWarning, stacklevel=2)
+            return
+        host = self.host
+        for name, parameter in self._originals["parameters"].items():
+            if parameter is not None and parameter.device != host.device:
+                parameter.data = parameter.data.to(host.device)
+            host.module._parameters[name] = parameter
+        for name, value in self._originals["attributes"].items():
+            setattr(host.module, name, value)
+        self._originals = {}
+        self.merged_adapters = []
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, in the base weight's own shape."""
+        host = self.host
+        with torch.no_grad():
+            delta = self.effective((adapter,))[0] - self.effective(())[0]
+        return host.native(delta).to(adapter_dtype(host.dtype))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter is a weight that can be turned into LoRA's."""
+        return adapter_name in self._adapters and method_of(self._adapters[adapter_name]).mergeable
+
+    # copying and moving
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        device = device or self.host.device
+        if device.type != "meta":
+            for held in self._holders():
+                if isinstance(held, nn.Module) and adapter_name in held and held[adapter_name].__class__ is not dict:  # type: ignore[index]
+                    held.to(device)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.methods, self.host_cls), self.__dict__
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self._adapters)}, active={self._active_adapter}"
+
+
+def _runs(update: Update, host: Host) -> bool:
+    """Whether an update can act on the way on this host."""
+    return host.on_input or not isinstance(update, Before)
+
+
+def _take(value: Any, index: Tensor, dim: int, size: int) -> Any:
+    if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == size:
+        return value.index_select(dim, index)
+    return value
+
+
+def _join(parts: list[tuple[Tensor, Any]], dim: int, size: int) -> Any:
+    """Put outputs of some rows each back into the order of the batch; tuples (attention) element by element."""
+    first = parts[0][1]
+    if isinstance(first, tuple):
+        return tuple(_join([(i, y[k]) for i, y in parts], 0 if k else dim, size) for k in range(len(first)))
+    if first is None:
+        return None
+    order = torch.cat([index for index, _ in parts]).argsort()
+    return torch.cat([y for _, y in parts], dim).index_select(dim, order)
+
+
+def check_adapters_to_merge(module: AdaptedLayer, adapter_names: Sequence[str] | None = None) -> list[str]:
+    """The adapters that are to be merged now: the given or active ones, less those that are merged already."""
+    if isinstance(adapter_names, str):
+        raise ConfigError(f"adapter_names should be a list of names; give [{adapter_names!r}].")
+    names = module.active_adapters if adapter_names is None else list(adapter_names)
+    left = [n for n in names if n not in module.merged_adapters]
+    if names and not left:
+        warnings.warn(f"All of {names} are merged already.", PeftWarning, stacklevel=3)
+    return left
+
+
+# classes
+
+
+@cache
+def marker(peft_type: str) -> type[BaseTunerLayer]:
+    """The class that marks layers with an adapter of this method, e.g. `LoraLayer`."""
+    method = registry.method(peft_type)
+    names: list[str] = []
+    embedding: list[str] = []
+    for slot in method.slots:
+        names.append(slot.name)
+        head, _, tail = slot.name.rpartition("_")
+        if slot.kind in ("down", "up") and head:
+            embedding.append(f"{head}_embedding_{tail}")
+    pure = [n for n in names if not n.endswith("magnitude_vector")]
+    ordered = (*pure, *embedding, *(n for n in names if n not in pure))
+    other = (*method.settings, *((method.dropout,) if method.dropout else ()))
+    return type(
+        f"{method.class_name}Layer",
+        (BaseTunerLayer,),
+        {
+            "adapter_layer_names": ordered,
+            "other_param_names": other,
+            "__module__": f"peft.tuners.{peft_type.lower()}.layer",
+        },
+    )
+
+
+@cache
+def layer_class(methods: tuple[str, ...], host: type[Host]) -> type[AdaptedLayer]:
+    """The class of layers of that type with adapters of those methods."""
+    markers = tuple(marker(m) for m in methods)
+    names = tuple(dict.fromkeys(n for m in markers for n in m.adapter_layer_names))
+    other = tuple(dict.fromkeys(n for m in markers for n in m.other_param_names))
+    body = {
+        "host_cls": host,
+        "methods": methods,
+        "adapter_layer_names": names,
+        "other_param_names": other,
+        "__module__": f"peft.tuners.{methods[0].lower()}.layer" if methods else __name__,
+    }
+    return type(host.name, (AdaptedLayer, *markers), body)
+
+
+def _rebuild(methods: tuple[str, ...], host: type[Host]) -> AdaptedLayer:
+    cls = layer_class(methods, host)
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    return layer
+
+
+def adapt(module: nn.Module, method: WeightMethod, key: str, parameter_name: str | None = None) -> AdaptedLayer:
+    """Wrap a module so that adapters of `method` can be added to it.
+
+    Raises:
+        TargetError: there is no host for the module's type.
+    """
+    host = ParameterHost if parameter_name is not None else host_class(module)
+    if host is None:
+        from peft.hosts import supported
+
+        raise TargetError(
+            f"{key!r} is a {type(module).__name__}, which has no single weight to adapt. Layers that can be adapted: "
+            f"{', '.join(supported())}. Name one inside it, list it in modules_to_save to train it whole, or give one of its "
+            "parameters in target_parameters."
+        )
+    return layer_class((method.peft_type,), host)(module, parameter_name=parameter_name)

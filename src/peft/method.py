@@ -1,0 +1,130 @@
+"""The base class of methods that change weights. A method is a subclass in a file of its own in `peft/methods/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from peft import registry
+from peft.config import PeftType, TargetedConfig
+from peft.hosts import Host
+from peft.slots import Slot
+from peft.updates import Update
+
+if TYPE_CHECKING:
+    from peft.layer import Parts
+
+
+@dataclass
+class Site:
+    """Where in the model an adapter is being put.
+
+    Args:
+        key: Module path, e.g. `model.layers.0.self_attn.q_proj`.
+        index: Position among the adapted layers, in model order.
+        count: Number of adapted layers.
+        shared: What `WeightMethod.shared` returned for this adapter.
+    """
+
+    key: str
+    index: int = 0
+    count: int = 1
+    shared: Mapping[str, Any] = field(default_factory=dict)
+
+
+class WeightMethod:
+    """A method: settings and slots per layer, an initialisation, and the update they mean.
+
+    Subclass with `class C3A(WeightMethod, peft_type="C3A", config=C3AConfig)`. Instances hold nothing; everything about
+    one adapter on one layer is in its `Parts`: slots by name as tensors, settings by name, the config.
+
+    Example:
+        >>> from peft import registry
+        >>> registry.method("LORA").slots[0].name
+        'lora_A'
+    """
+
+    peft_type: ClassVar[str]
+    config: ClassVar[type[TargetedConfig]]
+    prefix: ClassVar[str]
+    """What names of its tensors begin with."""
+    slots: ClassVar[tuple[Slot, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Per-adapter values that stand on the layer as plain dicts and are read at call time (`layer.scaling["default"]`)."""
+    dropout: ClassVar[str | None] = None
+    """Config field, and dict on the layer, of the dropout on the adapter's input."""
+    mergeable: ClassVar[bool] = True
+    tuner_methods: ClassVar[dict[str, Any]] = {}
+    """Functions that the method's tuner class (`AdaLoraModel`) offers beyond those that all have."""
+    class_name: ClassVar[str] = ""
+    """Stem of class names in the PEFT API: "Lora" gives LoraModel and LoraLayer. Default: the method's class name."""
+
+    def __init_subclass__(cls, peft_type: str | None = None, config: type | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if peft_type is None or config is None:
+            return
+        cls.peft_type, cls.config = peft_type, config
+        cls.class_name = cls.__dict__.get("class_name") or cls.__name__
+        cls.prefix = cls.__dict__.get("prefix") or f"{peft_type.lower()}_"
+        registry.register(peft_type, config, cls())
+
+    # what a method gives
+
+    def resolve(self, config: Any, host: Host, site: Site) -> dict[str, Any]:
+        """Settings of the adapter on this layer: ranks after patterns, block sizes, whatever `slots` and `update` need.
+
+        Raises `TargetError` where the method has no meaning on such a layer, saying which choice would be legal.
+        """
+        return {}
+
+    def reset(self, p: Parts, host: Host) -> None:
+        """Fill the slots in place with their initial values. Runs under `no_grad`, never on the meta device."""
+        raise NotImplementedError
+
+    def derive(self, p: Parts, host: Host) -> None:
+        """Fill the buffers that files don't hold (seeded indices and the like), in place. Runs before `reset`."""
+
+    def update(self, p: Parts, host: Host) -> Update:
+        """The update that the adapter is."""
+        raise NotImplementedError
+
+    # what it may give
+
+    def shared(self, config: Any, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Any]:
+        """What all layers of one adapter share, made once per adapter before the layers.
+
+        Tensors and parameters become banks: `p.<name>` on each layer, one entry in the model (`base_model.<name>`).
+        Other values are only for `resolve`, as `site.shared`.
+        """
+        return {}
+
+    def check_targets(self, config: Any, targets: Mapping[str, Host]) -> None:
+        """Raise if the targets as a whole can't be adapted."""
+
+    def initial_scaling(self, p: Parts) -> float:
+        """The scaling with which the adapter began, for methods that have the setting `scaling`."""
+        return 1.0
+
+    def saved_banks(self, config: Any) -> tuple[str, ...]:
+        """Names of the shared tensors that files hold."""
+        return ()
+
+    def owns(self, name: str) -> bool:
+        """Whether a name in a file (without the layer's path) is one of this method's tensors."""
+        return name.startswith(self.prefix)
+
+    def to_file(self, p: Parts, name: str, tensor: Tensor, config: Any) -> dict[str, Tensor]:
+        """Tensors under which a slot is saved (without the layer's path). Default: itself under its name."""
+        return {name: tensor}
+
+    def from_file(self, p: Parts, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The inverse of `to_file` for all tensors of one layer (names without the layer's path)."""
+        return tensors
+
+
+def method_of(config: Any) -> WeightMethod:
+    """The method that a config configures."""
+    return registry.method(PeftType(config.peft_type).value)

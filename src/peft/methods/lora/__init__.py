@@ -1,0 +1,100 @@
+"""LoRA: Low-Rank Adaptation (arXiv 2106.09685), with rsLoRA (2312.03732) and DoRA (2402.09353)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft import patterns
+from peft.errors import TargetError, UnsupportedError
+from peft.hosts import Host
+from peft.layer import Parts
+from peft.method import Site, WeightMethod
+from peft.methods.lora.config import LoraConfig, variants
+from peft.methods.lora.inits import CHANGES_BASE, fill
+from peft.operators import LowRank
+from peft.slots import Slot
+from peft.updates import Add, Magnitude, Update, row_norms
+
+
+def _magnitude_shape(sizes: Any) -> tuple[int, ...]:
+    ones = (1,) * sizes.get("spatial", 0)
+    return (1, sizes["out"], *ones) if ones else (sizes["out"],)
+
+
+class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
+    """W + s B A. On a stack of experts, A holds their r rows one expert after another, and B their r columns interleaved."""
+
+    slots = (
+        Slot("lora_A", "r*experts wide", kind="down"),
+        Slot("lora_B", "out/experts r*experts/groups", kind="up", bias="lora_bias"),
+        Slot("lora_magnitude_vector", _magnitude_shape, kind="vector", when="use_dora"),
+    )
+    settings = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias")
+    dropout = "lora_dropout"
+
+    def resolve(self, config: LoraConfig, host: Host, site: Site) -> dict[str, Any]:
+        _refuse(config)
+        if config.lora_bias and not host.takes_bias:
+            raise TargetError(
+                f"lora_bias: {site.key!r} ({host.name}) has no place for a bias. Leave it out of the targets."
+            )
+        r = patterns.lookup(config.rank_pattern, site.key, config.r)
+        alpha = patterns.lookup(config.alpha_pattern, site.key, config.lora_alpha)
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "scaling": scaling(r, alpha, config.use_rslora),
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "lora_bias": config.lora_bias,
+            "wide": host.layout.get("channels", 0) * host.layout.get("taps", 0) or host.in_features,
+            "experts": host.layout.get("experts", 1),
+        }
+
+    def reset(self, p: Parts, host: Host) -> None:
+        fill(p, host, p.config.init_lora_weights)
+        if p.use_dora:
+            p.lora_magnitude_vector.copy_(
+                row_norms(self.operator(p, host), p.call(host)).view_as(p.lora_magnitude_vector)
+            )
+
+    def operator(self, p: Parts, host: Host) -> LowRank:
+        """s B A (out, in)."""
+        experts, up = host.layout.get("experts", 1), p.lora_B
+        if experts > 1:
+            up = up.unflatten(1, (-1, experts)).permute(2, 0, 1).flatten(0, 1)
+        return LowRank(p.lora_A, up, p.scaling, max(experts, host.groups))
+
+    def update(self, p: Parts, host: Host) -> Update:
+        shift: Tensor | None = None
+        if p.lora_bias:
+            shift = p.leaf("lora_B").bias * p.scaling
+        add = Add(self.operator(p, host), shift, p.dropout)
+        return Magnitude(add, p.lora_magnitude_vector.flatten()) if p.use_dora else add
+
+    def initial_scaling(self, p: Parts) -> float:
+        return scaling(p.r, p.lora_alpha, p.use_rslora)
+
+
+def scaling(r: int, alpha: float, rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    return alpha / (r**0.5 if rslora else r)
+
+
+def _refuse(config: LoraConfig) -> None:
+    """Raise for what the config can say and this version can't do."""
+    init = str(config.init_lora_weights)
+    asked = [name for name in variants(config) if name != "use_dora"]
+    asked += [f"init_lora_weights={init!r}"] if init.partition("_niter_")[0] in CHANGES_BASE else []
+    asked += [name for name in ("layer_replication", "megatron_config") if getattr(config, name)]
+    if asked:
+        raise UnsupportedError(
+            f"LoRA's {asked[0]} is read and written in configs, but not available in this version of the library. "
+            "Remove it from the config to use plain LoRA."
+        )
+
+
+__all__ = ["Lora", "LoraConfig", "scaling", "torch"]

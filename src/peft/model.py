@@ -1,0 +1,684 @@
+"""`PeftModel`: a base model with adapters by name. The user's façade; the work is done in the rooms below it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft import card, inject, integrations, prompts, routing, status
+from peft.checkpoint import files, fingerprint, hub, keys, state, tensors
+from peft.checkpoint.report import LoadReport
+from peft.config import CONFIG_NAME, PeftConfig, PeftType, TaskType
+from peft.errors import AdapterNameError, BaseMismatchError, PeftWarning, StateError, nearest
+from peft.tuner import tuner_class
+
+WEIGHTS_NAME = files.BIN_NAME
+SAFETENSORS_WEIGHTS_NAME = files.SAFETENSORS_NAME
+
+
+class PeftModel(nn.Module):
+    """A base model and its adapters. Attributes it lacks are those of the base model.
+
+    Args:
+        model: The base model; it is changed in place (layers are wrapped, parameters frozen).
+        peft_config: The config of the first adapter.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Train adapters of half precision models in float32.
+        low_cpu_mem_usage: Create the adapter on the meta device, for a load that follows.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, PeftModel
+        >>> model = PeftModel(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> model(torch.ones(1, 4)).shape
+        torch.Size([1, 3])
+    """
+
+    head_modules: tuple[str, ...] = ()
+    """Names of a task's heads, which train whole with every adapter."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.active_adapter: str = adapter_name
+        self.peft_type = peft_config.peft_type
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
+        self._peft_config: dict[str, PeftConfig] = {}
+        self._prompts_disabled = False
+        self._train_heads(peft_config)
+        if peft_config.is_prompt_learning:
+            self._peft_config[adapter_name] = peft_config
+            self.base_model = model
+            self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+            self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        else:
+            cls = tuner_class(inject.peft_type_name(peft_config))
+            self.base_model = cls(
+                model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage, state_dict, autocast_adapter_dtype
+            )
+        if getattr(model, "is_gradient_checkpointing", False):
+            self.prepare_model_for_gradient_checkpointing(model)
+        config = getattr(model, "config", None)
+        if hasattr(config, "pretraining_tp"):
+            config.pretraining_tp = 1  # slices weights of layers that may be wrapped now
+
+    # ---------------------------------------------------------------- what it is
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Configs of all adapters, by name."""
+        own = self.__dict__["_peft_config"]
+        tuner = self._modules.get("base_model")
+        return {**tuner.peft_config, **own} if own and self._has_tuner else own if own else tuner.peft_config  # type: ignore[union-attr]
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        if self._has_tuner:
+            self.base_model.peft_config = value
+        else:
+            self._peft_config = value
+
+    @property
+    def _has_tuner(self) -> bool:
+        from peft.tuner import BaseTuner
+
+        return isinstance(self._modules.get("base_model"), BaseTuner)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        if self._has_tuner and not self.active_peft_config.is_prompt_learning:
+            return self.base_model.active_adapters
+        return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """Config of the (first) active adapter."""
+        name = self.active_adapter if isinstance(self.active_adapter, str) else self.active_adapter[0]
+        return self.peft_config[name]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter changes what the model computes now."""
+        if self.active_peft_config.is_prompt_learning:
+            return not self._prompts_disabled
+        return any(
+            layer.merged or (not layer.disable_adapters and set(layer.active_adapters) & set(layer.available_adapters))
+            for layer in inject.layers(self)
+        )
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of modules that some adapter trains whole."""
+        names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapters that are in its layers."""
+        return self.base_model.model if self._has_tuner else self.base_model
+
+    def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
+        return type(self.get_base_model())
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters; shared ones count once, 4-bit ones as what they stand for."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers and their ratio."""
+        trained, total = self.get_nb_trainable_parameters()
+        share = 100 * trained / total if total else 0.0
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """A report of each adapted layer."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """A report of the model as a whole."""
+        return status.get_model_status(self)
+
+    # ---------------------------------------------------------------- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. `adapter_names`, one per sample (`"__base__"`: none), mixes adapters in the batch."""
+        with self._routed(kwargs):
+            if self._prompting(kwargs):
+                return prompts.forward(self, *args, **kwargs)
+            kwargs.pop("task_ids", None)
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the base model's `generate`; takes `adapter_names` as `forward` does."""
+        with self._routed(kwargs):
+            if self._prompting(kwargs):
+                return prompts.generate(self, *args, **kwargs)
+            return self.get_base_model().generate(*args, **kwargs)
+
+    @contextmanager
+    def _routed(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        known = {*self.peft_config, routing.BASE}
+        for name in names:
+            if name not in known:
+                raise AdapterNameError(f"adapter_names: there is no adapter {name!r}.{nearest(name, known)}")
+        with routing.route(routing.Route(rows=tuple(names))):
+            yield
+
+    @contextmanager
+    def use(self, *names: str) -> Iterator[PeftModel]:
+        """Run the body with these adapters, in this order, whatever is active; without names, as the base model.
+
+        The choice belongs to the current thread or async task: others don't see it.
+
+        Example:
+            >>> import torch
+            >>> from peft import LoraConfig, get_peft_model
+            >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+            >>> with model.use("default"):
+            ...     y = model(torch.ones(1, 4))
+        """
+        for name in names:
+            state.config_of(self, name)
+        with routing.route(routing.use(names)):
+            yield self
+
+    def _prompting(self, kwargs: dict[str, Any]) -> bool:
+        """Whether prompts take part in this call; rows with their own adapters are named in `kwargs` then."""
+        if not self._peft_config or not len(self.prompt_encoder):
+            return False
+        route = routing.current()
+        if route is not None:
+            if route.rows:
+                kwargs["adapter_names"] = list(route.rows)
+            return any(n in self._peft_config for n in (route.rows or route.names))
+        return not self._prompts_disabled and self.active_adapter in self._peft_config
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the body as the base model. What was active, merged and trainable before is so afterwards."""
+        biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
+        if biased:
+            warnings.warn(
+                f"Adapter {biased[0]!r} trains biases of the base model itself; disable_adapter() leaves them as trained.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        modules = [*inject.layers(self), *inject.wrappers(self)]
+        before = [m.disable_adapters for m in modules]
+        prompts_before = self._prompts_disabled
+        try:
+            self._prompts_disabled = True
+            for module in modules:
+                module.enable_adapters(False)
+            yield
+        finally:
+            self._prompts_disabled = prompts_before
+            for module, was in zip(modules, before):
+                module.enable_adapters(not was)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Make the output of the input embedding require a gradient, which reentrant checkpointing needs."""
+        integrations.require_input_gradients(model)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The base model's own, and what frozen embeddings need for it to work."""
+        base = self.get_base_model()
+        base.gradient_checkpointing_enable(*args, **kwargs)
+        self.prepare_model_for_gradient_checkpointing(base)
+
+    def train(self, mode: bool = True) -> PeftModel:
+        return super().train(mode)
+
+    # ---------------------------------------------------------------- adapters by name
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained adapter; it is not activated.
+
+        Raises:
+            AdapterNameError: the name is taken.
+            TargetError: the config asks for what can't be adapted. The model is as it was.
+        """
+        self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def _add(
+        self,
+        name: str,
+        config: PeftConfig,
+        meta: bool,
+        autocast: bool,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._train_heads(config)
+        if config.is_prompt_learning:
+            if "prompt_encoder" not in self._modules:
+                self.prompt_encoder = nn.ModuleDict()
+            if name in self.prompt_encoder:
+                raise AdapterNameError(
+                    f"There is an adapter named {name!r} already. Delete it, or choose another name."
+                )
+            base = self.get_base_model()
+            encoder = prompts.build(config, base)
+            for parameter in base.parameters():
+                parameter.requires_grad_(False) if not self._has_tuner else None
+            inject.train_besides(base, config, name, autocast)
+            self.prompt_encoder[name] = encoder
+            self._peft_config[name] = config
+            return
+        if not self._has_tuner:
+            self._wrap_base(name, config, meta, autocast)
+            return
+        if name in self.peft_config:
+            raise AdapterNameError(f"There is an adapter named {name!r} already. Delete it, or choose another name.")
+        tuner = self.base_model
+        tuner.peft_config[name] = config
+        try:
+            tuner.inject_adapter(tuner.model, name, autocast, meta, state_dict)
+        except BaseException:
+            tuner.peft_config.pop(name, None)
+            raise
+
+    def _wrap_base(self, name: str, config: PeftConfig, meta: bool, autocast: bool) -> None:
+        """The first weight adapter of a model that had prompts only."""
+        base = self.base_model
+        cls = tuner_class(inject.peft_type_name(config))
+        prompts_held = self._modules.get("prompt_encoder")
+        trainable = [p for p in prompts_held.parameters() if p.requires_grad] if prompts_held is not None else []
+        self.base_model = cls(base, {name: config}, name, meta, None, autocast)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    def _train_heads(self, config: PeftConfig) -> None:
+        """The heads of the task train whole with the adapter."""
+        if not self.head_modules or not hasattr(config, "modules_to_save"):
+            return
+        own = list(config.modules_to_save or [])
+        config.modules_to_save = own + [n for n in self.head_modules if n not in own]
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make an adapter active (and trainable unless `inference_mode`); the others freeze.
+
+        Raises:
+            AdapterNameError: there is no such adapter.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            state.config_of(self, name)
+        in_layers = [n for n in names if n not in self._peft_config]
+        if self._has_tuner and in_layers:
+            self.base_model.set_adapter(in_layers if len(in_layers) > 1 else in_layers[0], inference_mode)
+        if self._peft_config:
+            for name, encoder in self.prompt_encoder.items():
+                encoder.requires_grad_(name in names and not inference_mode)
+            for wrapper in inject.wrappers(self.get_base_model()) if not in_layers else ():
+                wrapper.set_adapter(names, inference_mode)
+        self.active_adapter = names[0] if len(names) == 1 else names  # type: ignore[assignment]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, the first of the others becomes active.
+
+        Raises:
+            StateError: it is merged, or the only one.
+        """
+        state.config_of(self, adapter_name)
+        if adapter_name in self._peft_config:
+            del self.prompt_encoder[adapter_name], self._peft_config[adapter_name]
+            for wrapper in inject.wrappers(self):
+                wrapper.delete_adapter(adapter_name, [])
+            if not len(self.prompt_encoder):
+                prompts.detach(self.get_base_model())
+        else:
+            self.base_model.delete_adapter(adapter_name)
+        left = [n for n in self.peft_config if n != adapter_name]
+        if self.active_adapter == adapter_name and left:
+            self.set_adapter(left[0])
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or freeze them."""
+        inject.set_requires_grad(self, adapter_names, requires_grad)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` can approximate the adapter."""
+        return self._has_tuner and self.base_model.supports_lora_conversion(adapter_name)
+
+    # ---------------------------------------------------------------- prompts
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """The prompt of the active adapter for a batch: virtual embeddings, or keys and values."""
+        return prompts.get_prompt(self, batch_size, task_ids, max_cache_len)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The tensor that a prompt adapter's file holds."""
+        return self.prompt_encoder[adapter_name].saved_tensors()[prompts.EMBEDDINGS_KEY]
+
+    def prompt_state_dict(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of a prompt adapter and of the modules that train with it, by their names in files."""
+        result = dict(self.prompt_encoder[adapter_name].saved_tensors())
+        base, prefix = self.get_base_model(), keys.BASE_PREFIX
+        source = {k: v.detach() for k, v in base.state_dict(keep_vars=True).items()}
+        for entry in keys.entries(base, adapter_name):
+            result[prefix + entry.disk] = source[entry.memory]
+        return result
+
+    def load_prompt_state_dict(
+        self, adapter_name: str, state_dict: Mapping[str, Tensor], strict: bool = True
+    ) -> LoadReport:
+        """The inverse of `prompt_state_dict`."""
+        base = self.get_base_model()
+        inside = {k: v for k, v in state_dict.items() if k.startswith(keys.BASE_PREFIX)}
+        encoder = self.prompt_encoder[adapter_name]
+        encoder.load_tensors({k: v for k, v in state_dict.items() if k not in inside})
+        report = LoadReport()
+        if inside:
+            config = self._peft_config[adapter_name]
+            found = state.load_tensors(base, _NoBias(config), adapter_name, inside, strict=strict)
+            report.missing_keys += found.missing_keys
+            report.unexpected_keys += found.unexpected_keys
+        return report
+
+    # ---------------------------------------------------------------- files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters to a folder: the one named "default" into it, others into folders of their names.
+
+        What is saved is what was trained. A save that fails or is killed leaves what was there before.
+
+        Args:
+            save_directory: Made if missing.
+            safe_serialization: False writes the older `adapter_model.bin`.
+            selected_adapters: Which; None: all.
+            save_embedding_layers: True: the base model's embeddings too; `"auto"`: if they were trained.
+            is_main_process: In distributed training, only the main process writes.
+            path_initial_model_for_weight_conversion: For initialisations that change the base weights.
+            **kwargs: `state_dict`: tensors to save from, in place of the model's; `push_to_hub=True` uploads.
+
+        Raises:
+            SaveError: nothing was changed on disk.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        for name in selected_adapters or ():
+            if name not in self.peft_config:
+                raise ValueError(
+                    f"You passed an invalid `selected_adapters` arguments, current supported adapter names are"
+                    f" {list(self.peft_config)} - got {selected_adapters}.{nearest(name, self.peft_config)}"
+                )
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        given = kwargs.pop("state_dict", None)
+        for name in names:
+            if path_initial_model_for_weight_conversion is not None:
+                raise StateError(
+                    f"path_initial_model_for_weight_conversion: adapter {name!r} did not change the base weights, so there is "
+                    "nothing to convert. Leave it out."
+                )
+            self._save_one(name, folder, given, safe_serialization, save_embedding_layers, is_main_process)
+        if is_main_process:
+            files.save(folder, {"README.md": self._card(folder)})
+        if kwargs.pop("push_to_hub", False):
+            self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
+
+    def _save_one(
+        self,
+        name: str,
+        folder: Path,
+        given: Mapping[str, Tensor] | None,
+        safe: bool,
+        embeddings: str | bool,
+        is_main_process: bool,
+    ) -> None:
+        config = self.peft_config[name]
+        values = state.get_peft_model_state_dict(
+            self, state_dict=given, adapter_name=name, save_embedding_layers=embeddings
+        )
+        if not is_main_process:
+            return
+        metadata = {}
+        if not config.is_prompt_learning and (sketch := state.base_sketch(self, name)) is not None:
+            metadata[fingerprint.METADATA_KEY] = fingerprint.encode(sketch)
+        payload = tensors.encode(values, metadata, pickled=not safe)
+        weights = files.SAFETENSORS_NAME if safe else files.BIN_NAME
+        target = folder if name == "default" else folder / name
+        files.save(target, {CONFIG_NAME: self._file_config(config).to_json_string(), weights: payload})
+
+    def _file_config(self, config: PeftConfig) -> PeftConfig:
+        """The config as the file holds it: frozen, and with the base model's name."""
+        import copy
+
+        written = copy.copy(config)
+        written.inference_mode = True
+        base = self.get_base_model()
+        if written.base_model_name_or_path is None:
+            written.base_model_name_or_path = _name_of(base)
+        if written.task_type is None:
+            cls = type(base)
+            written.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        return written
+
+    def _card(self, folder: Path) -> str:
+        config = next(iter(self.peft_config.values()))
+        base = config.base_model_name_or_path or _name_of(self.get_base_model())
+        task = card.PIPELINES.get(str(getattr(config.task_type, "value", config.task_type)))
+        return card.text(folder, dict(self.peft_config), base, task)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write README.md, keeping what people wrote in it."""
+        files.save(output_dir, {"README.md": self._card(Path(output_dir))})
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the adapters; returns the URL. Keywords: `private`, `token`, `revision`, `commit_message`, …"""
+        options = {
+            k: kwargs.pop(k)
+            for k in ("safe_serialization", "selected_adapters", "save_embedding_layers")
+            if k in kwargs
+        }
+        kwargs.pop("repo_url", None), kwargs.pop("use_temp_dir", None), kwargs.pop("max_shard_size", None)
+        return hub.push(lambda folder: self.save_pretrained(folder, **options), repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load a saved adapter onto its base model.
+
+        Args:
+            model: The base model.
+            model_id: A folder, or a repository on the hub.
+            adapter_name: The name it gets.
+            is_trainable: Go on training; by default the adapter is frozen, for inference.
+            config: Use this config and not the file's.
+            autocast_adapter_dtype: Keep half precision adapters in float32.
+            ephemeral_gpu_offload: Ignored; nothing here needs it.
+            low_cpu_mem_usage: Ignored; loading never fills weights that are then replaced.
+            key_mapping: `{regex: replacement}` for names of tensors.
+            **kwargs: `subfolder`, `revision`, `token`, …; `strict=False` accepts missing and unexpected tensors;
+                `check_base=False` accepts another base model than the adapter was trained on.
+
+        Raises:
+            LoadError: the file does not fit the model; the message says what was probably meant.
+        """
+        from peft.tasks import model_class
+
+        if config is None:
+            options = {k: kwargs[k] for k in (*files.HUB_OPTIONS, "subfolder") if k in kwargs}
+            config = PeftConfig.from_pretrained(model_id, **options)
+        config.inference_mode = not is_trainable
+        target = cls if cls is not PeftModel else model_class(config.task_type)
+        made = target._shell(model, config)
+        try:
+            made.load_adapter(
+                model_id,
+                adapter_name,
+                is_trainable=is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                key_mapping=key_mapping,
+                _config=config,
+                **kwargs,
+            )
+        except BaseException:
+            if made._has_tuner:
+                made.base_model.unload()
+            raise
+        made.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return made
+
+    @classmethod
+    def _shell(cls, model: nn.Module, config: PeftConfig) -> PeftModel:
+        """A `PeftModel` of that class around a model, without an adapter yet."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.active_adapter, made.peft_type = "default", config.peft_type
+        made.special_peft_forward_args = {"adapter_names", "alora_offsets"}
+        made._peft_config, made._prompts_disabled = {}, False
+        made.base_model = model
+        made.training = model.training
+        return made
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> LoadReport:
+        """Load another adapter under a name, or reload the one of that name in place. Arguments as in `from_pretrained`.
+
+        Returns:
+            A report with `missing_keys` and `unexpected_keys`, both empty unless `strict=False` was given.
+
+        Raises:
+            LoadError: the file does not fit; the model is as it was.
+        """
+        strict, check = kwargs.pop("strict", True), kwargs.pop("check_base", True)
+        mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        config = kwargs.pop("_config", None)
+        options = {k: v for k, v in kwargs.items() if k in (*files.HUB_OPTIONS, "subfolder")}
+        path = files.locate(model_id, **options)
+        values = state.rename(tensors.read(path), key_mapping)
+        fresh = adapter_name not in self._names()
+        if fresh:
+            if config is None:
+                config = PeftConfig.from_pretrained(model_id, **options)
+                config.inference_mode = not is_trainable
+            self._add_loaded(adapter_name, config, autocast_adapter_dtype)
+        config = self.peft_config[adapter_name]
+        try:
+            if check:
+                self._check_base(path, adapter_name)
+            if config.is_prompt_learning:
+                report = self.load_prompt_state_dict(adapter_name, values, strict=strict)
+            else:
+                report = state.load_tensors(
+                    self, config, adapter_name, values, mismatched, strict, str(path), torch_device
+                )
+        except BaseException:
+            if fresh and len(self._names()) > 1:
+                self.delete_adapter(adapter_name)
+            raise
+        if not is_trainable:
+            self.set_requires_grad(adapter_name, False)
+            self.eval()
+        return report
+
+    def _names(self) -> list[str]:
+        return list(self.peft_config) if self._has_tuner or self._peft_config else []
+
+    def _add_loaded(self, name: str, config: PeftConfig, autocast: bool) -> None:
+        with warnings.catch_warnings():
+            self._add(name, config, True, autocast)
+        if len(self._names()) == 1:
+            self.active_adapter = name
+
+    def _check_base(self, path: Path, adapter_name: str) -> None:
+        """Raise if the file says that it was trained on other base weights."""
+        if path.suffix != ".safetensors" or self.peft_config[adapter_name].is_prompt_learning:
+            return
+        text = tensors.header(path).metadata.get(fingerprint.METADATA_KEY)
+        saved = fingerprint.decode(text, str(path)) if text else None
+        current = state.base_sketch(self, adapter_name, fingerprint.names(saved)) if saved else None
+        if saved is None or current is None:
+            return
+        found = [d for d in fingerprint.compare(saved, current) if not d.harmless]
+        if found:
+            raise BaseMismatchError(
+                f"The adapter in {str(path)!r} was trained on another base model: {fingerprint.explain(found)} "
+                "Load the base model that its config names "
+                f"({self.peft_config[adapter_name].base_model_name_or_path!r}), or pass check_base=False to load it all the same."
+            )
+
+
+class _NoBias:
+    """A prompt config as `state.load_tensors` sees it: nothing of the base model's biases is in the file."""
+
+    def __init__(self, config: PeftConfig) -> None:
+        self.config = config
+        self.bias = "none"
+        self.inference_mode = config.inference_mode
+
+
+def _name_of(model: nn.Module) -> str | None:
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+__all__ = ["PeftModel", "PeftType", "TaskType"]

@@ -1,0 +1,44 @@
+"""Which adapters run, per call: a context, so threads and async tasks don't see each other's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+BASE = "__base__"
+"""The name, in `adapter_names`, of rows that run without adapter."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Adapters for this call: `names` for all samples, or `rows`, one name per sample of the batch."""
+
+    names: tuple[str, ...] = ()
+    rows: tuple[str, ...] | None = None
+
+
+_route: ContextVar[Route | None] = ContextVar("peft_route", default=None)
+
+
+def current() -> Route | None:
+    """The route of this call; None means that each layer's own active adapters run."""
+    return _route.get()
+
+
+@contextmanager
+def route(value: Route | None) -> Iterator[None]:
+    """Run the body with a route."""
+    token = _route.set(value)
+    try:
+        yield
+    finally:
+        _route.reset(token)
+
+
+def use(names: str | Sequence[str] | None) -> Route:
+    """The route that runs these adapters, in this order; None runs the base model."""
+    if names is None:
+        return Route()
+    return Route((names,) if isinstance(names, str) else tuple(names))

@@ -1,0 +1,173 @@
+"""Slots: what a method keeps per adapter, declared once. This is the only code that creates adapter parameters.
+
+From a method's slots come the per-adapter dicts on the layer, creation on any device (meta included), names in files,
+counting, deletion, and the methods table of the docs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.errors import ConfigError
+from peft.hosts import Host
+
+
+class Vector(nn.Module):
+    """A module that only holds `weight`; some file formats expect one where a bare parameter would do."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"
+
+
+class BufferDict(nn.Module):
+    """Tensors by name that move and are saved with the module, but don't train."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None, persistent: bool = False) -> None:
+        super().__init__()
+        self.persistent = persistent
+        for name, tensor in (tensors or {}).items():
+            self[name] = tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self._buffers[name] = tensor
+        (self._non_persistent_buffers_set.discard if self.persistent else self._non_persistent_buffers_set.add)(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._buffers[name]
+        assert tensor is not None
+        return tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def keys(self):
+        return self._buffers.keys()
+
+
+Shape = str | Callable[["Sizes"], tuple[int, ...]]
+
+
+class Sizes(dict):
+    """Sizes of one adapter on one layer: `in`, `out`, the layout of the host, and the method's settings."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def shape(self, spec: Shape) -> tuple[int, ...]:
+        """The shape that a slot's `shape` describes: dims apart by spaces, each a product or exact quotient of names.
+
+        >>> Sizes({"in": 6, "out": 4, "b": 2}).shape("out/b in/b b")
+        (2, 3, 2)
+        """
+        if callable(spec):
+            return tuple(spec(self))
+        return tuple(self._size(term) for term in spec.split())
+
+    def _size(self, term: str) -> int:
+        head, *divisors = term.split("/")
+        value = math.prod(self._value(factor) for factor in head.split("*"))
+        for divisor in divisors:
+            by = self._value(divisor)
+            if value % by:
+                raise ConfigError(f"{head} = {value} must be divisible by {divisor} = {by}")
+            value //= by
+        return value
+
+    def _value(self, name: str) -> int:
+        return int(name) if name.isdigit() else self[name]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an adapter.
+
+    Args:
+        name: Name of the dict on the layer, and in files.
+        shape: Its shape as a matrix method sees it, e.g. `"r in"`; see `Sizes.shape`. A callable gets the `Sizes`.
+        kind: `"parameter"`; `"down"` or `"up"`: the first or second of two thin factors, held by a small layer of the
+            host's type (`nn.Linear`, a convolution); `"vector"`: a module with a `weight`; `"buffer"`: a tensor that
+            does not train.
+        trains: Whether gradient descent changes it.
+        saved: Whether files hold it.
+        bias: For `"up"`: a bias (out,), if this setting is true.
+        when: The setting that must be true for the slot to exist; None: always.
+        dtype: A fixed dtype (indices); None: that of adapters.
+    """
+
+    name: str
+    shape: Shape
+    kind: str = "parameter"
+    trains: bool = True
+    saved: bool = True
+    bias: str | None = None
+    when: str | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def derived(self) -> bool:
+        """Whether it follows from the config and the base layer (`WeightMethod.derive`), so that no file holds it."""
+        return self.kind == "buffer" and not self.saved
+
+    def exists(self, sizes: Mapping[str, Any]) -> bool:
+        """Whether an adapter with these settings has it."""
+        return self.when is None or bool(sizes[self.when])
+
+
+def create(slot: Slot, host: Host, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> nn.Module | Tensor:
+    """Allocate what a slot holds, unfilled: a module, a parameter or a plain tensor (buffers)."""
+    shape = sizes.shape(slot.shape)
+    dtype = slot.dtype or dtype
+    if slot.kind in ("down", "up"):
+        leaf = host.leaf(slot.kind, shape, device, dtype)
+        if leaf is not None:
+            if slot.bias and sizes[slot.bias]:
+                leaf.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+            return leaf
+    empty = torch.empty(shape, device=device, dtype=dtype)
+    if slot.kind == "buffer":
+        return empty
+    return Vector(empty) if slot.kind == "vector" else nn.Parameter(empty, requires_grad=slot.trains)
+
+
+def container(value: nn.Module | Tensor, saved: bool) -> nn.Module:
+    """The per-adapter dict that holds such a value."""
+    if isinstance(value, nn.Parameter):
+        return nn.ParameterDict()
+    return nn.ModuleDict() if isinstance(value, nn.Module) else BufferDict(persistent=saved)
+
+
+def tensor_of(value: nn.Module | Tensor) -> Tensor:
+    """The tensor of a slot's value as a method sees it: factors of convolutions as matrices."""
+    if isinstance(value, nn.Module):
+        weight = value.weight
+        return weight.flatten(1) if weight.dim() > 2 and not isinstance(value, Vector) else weight
+    return value
+
+
+def adapter_dtype(base: torch.dtype, autocast: bool = True) -> torch.dtype:
+    """The dtype in which an adapter trains: float32 for half precision and quantised bases, else that of the base."""
+    if not base.is_floating_point or base.itemsize == 1:
+        return torch.float32
+    return torch.float32 if autocast and base in (torch.float16, torch.bfloat16) else base
