@@ -189,6 +189,18 @@ def test_half_precision_stays_half_precision(kind):
         assert report.error < 0.01
 
 
+@pytest.mark.parametrize("kind", COMBINATION_TYPES)
+def test_meta_tensors_give_the_shapes_of_real_ones(kind):
+    terms = [term(bias=True), term(3, seed=1)]
+    meta = [Term(t.factors.to("meta"), t.scale, None if t.bias is None else t.bias.to("meta")) for t in terms]
+    real, _ = combine({"fc": terms}, WEIGHTS, kind, **options(kind))
+    new, report = combine({"fc": meta}, WEIGHTS, kind, **options(kind))
+    assert new["fc"].factors.A.is_meta
+    assert new["fc"].factors.B.shape == real["fc"].factors.B.shape
+    assert new["fc"].bias.shape == real["fc"].bias.shape
+    assert math.isnan(report.error)
+
+
 def test_what_is_wrong_is_said():
     one = {"fc": [term()]}
     with pytest.raises(ConfigError, match="Did you mean 'ties_svd'"):
