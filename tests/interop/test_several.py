@@ -103,9 +103,9 @@ COMBINATIONS = [
 def test_add_weighted_adapter(pair, tmp_path, name, options):
     pair.reference.ask("several", CASES[name], NAMES, "default", str(tmp_path))
     places = _places(tmp_path)
-    ours, reference = (
-        side.ask("combine", CASES[name], places, [0.7, 0.2, -0.4], **options) for side in (pair.ours, pair.reference)
-    )
+    weights = [0.7, 0.2, -0.4]
+    reference = pair.reference.ask("combine", CASES[name], places, weights, **options)
+    ours = pair.ours.ask("combine", CASES[name], places, weights, reference=True, **options)
     assert ours["state_dict"] == reference["state_dict"]
     compare.assert_close({"output": ours["output"]}, {"output": reference["output"]}, 1e-5)
 
