@@ -57,6 +57,9 @@ class WeightMethod:
     dropout: ClassVar[str | None] = None
     """Config field, and dict on the layer, of the dropout on the adapter's input."""
     mergeable: ClassVar[bool] = True
+    samples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Options of configs that suit tiny layers (sides of 8, 12 and 24, vocabulary 12), one per variant: the contract
+    suite (`peft.testing`) tries the method with each. Where the config has `r`, `{"r": 2}` is understood."""
     tuner_methods: ClassVar[dict[str, Any]] = {}
     """Functions that the method's tuner class (`AdaLoraModel`) offers beyond those that all have."""
     class_name: ClassVar[str] = ""
@@ -100,6 +103,10 @@ class WeightMethod:
         Other values are only for `resolve`, as `site.shared`.
         """
         return {}
+
+    def identity_at_start(self, config: Any) -> bool:
+        """Whether an untrained adapter with this config leaves the output as it is."""
+        return getattr(config, "init_weights", True) is not False
 
     def check_targets(self, config: Any, targets: Mapping[str, Host]) -> None:
         """Raise if the targets as a whole can't be adapted."""

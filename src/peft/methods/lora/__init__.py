@@ -34,6 +34,14 @@ class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
     )
     settings = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias")
     dropout = "lora_dropout"
+    samples = (
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"init_lora_weights": False},
+        {"rank_pattern": {"second.layer": 4}, "init_lora_weights": "gaussian"},
+    )
 
     def resolve(self, config: LoraConfig, host: Host, site: Site) -> dict[str, Any]:
         _refuse(config)
@@ -74,6 +82,9 @@ class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
             shift = p.leaf("lora_B").bias * p.scaling
         add = Add(self.operator(p, host), shift, p.dropout)
         return Magnitude(add, p.lora_magnitude_vector.flatten()) if p.use_dora else add
+
+    def identity_at_start(self, config: LoraConfig) -> bool:
+        return config.init_lora_weights not in (False, "orthogonal")
 
     def initial_scaling(self, p: Parts) -> float:
         return scaling(p.r, p.lora_alpha, p.use_rslora)
