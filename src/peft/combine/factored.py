@@ -16,7 +16,7 @@ made: for a 4096 × 14336 layer and sixteen ranks, the sum costs 2 MB where the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -248,6 +248,26 @@ def truncate(
         return result, math.nan
     residual = torch.addmm(work, result.B[0].to(work.dtype), result.A[0].to(work.dtype), alpha=-1.0)
     return result, relative(frobenius(residual), frobenius(work))
+
+
+def truncate_blocks(
+    blocks: Iterable[Tensor],
+    rank: int | float | None,
+    dtype: torch.dtype | None = None,
+    clamp: float | None = None,
+    driver: str | None = None,
+) -> tuple[Factors, float, float]:
+    """`truncate` for the dense blocks of one change, one at a time: factors, their relative error, and ‖ΔW‖."""
+    parts, lost, norms = [], 0.0, 0.0
+    for block in blocks:
+        part, error = truncate(block, rank, dtype, clamp, driver)
+        norm = frobenius(block)
+        parts.append(part)
+        lost, norms = lost + (error * norm) ** 2, norms + norm**2
+    most = max(part.rank for part in parts)
+    padded = [part.padded(most) for part in parts]
+    whole = Factors(torch.cat([p.A for p in padded]), torch.cat([p.B for p in padded]))
+    return whole, relative(math.sqrt(lost), math.sqrt(norms)), math.sqrt(norms)
 
 
 def _leading(delta: Tensor, rank: int, most: int = 24) -> tuple[Tensor, Tensor, Tensor]:

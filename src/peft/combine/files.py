@@ -108,6 +108,7 @@ def _combine_lora(
     ranks = {module: layouts[module].rank_of(layer.factors) for module, layer in combined.items()}
     lora_bias = any(layer.bias is not None for layer in combined.values())
     if lora_bias:
+        lora.check_bias(m for m in modules if f"{_PREFIX}{m}.lora_embedding_A" in state or layouts[m].experts)
         for module, layer in combined.items():
             if layer.bias is None:
                 state[f"{_PREFIX}{module}.lora_B.bias"] = layer.factors.B.new_zeros(layer.factors.shape[1])

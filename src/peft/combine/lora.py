@@ -45,6 +45,15 @@ def check(configs: Mapping[str, LoraConfig]) -> None:
             raise ConfigError(f"Adapters can only be added if they agree in {option}, got {values}.")
 
 
+def check_bias(homeless: Iterable[str]) -> None:
+    """Refuse biases where a layer has no place for one: `lora_bias` is a setting of the whole adapter."""
+    for key in homeless:
+        raise UnsupportedError(
+            f"One of the adapters has biases (lora_bias) and {key!r} is a layer that can't have one, so no LoRA config "
+            "describes their combination. Combine them without that layer."
+        )
+
+
 def check_base_unchanged(configs: Mapping[str, LoraConfig]) -> None:
     """Refuse files whose tensors are relative to a base weight that their initialisation has changed."""
     for name, config in configs.items():

@@ -121,6 +121,8 @@ def _add_lora(
         )
     ranks = {key: layout(layers[key]).rank_of(layer.factors) for key, layer in combined.items()}
     lora_bias = any(layer.bias is not None for layer in combined.values())
+    if lora_bias:
+        lora.check_bias(key for key, layer in layers.items() if not layer.host.takes_bias)
     parameters = {key for key, layer in layers.items() if "parameter_name" in layer.__dict__}
     modules = [key for key in layers if key not in parameters and key.rpartition(".")[0] not in layers]
     _create(tuner, new, lora.result_config(list(configs.values()), ranks, lora_bias, modules))

@@ -168,18 +168,11 @@ def _combine_dense(
     signs = [math.copysign(1.0, w) for w in weights]
     work = torch.promote_types(dtype, torch.float32)
     sizes = torch.tensor([abs(w) for w in weights], dtype=work, device=terms[0].factors.A.device)
-    parts, lost, norms = [], 0.0, 0.0
-    for index in range(blocks):
-        signed = (t.block(index) * sign for t, sign in zip(terms, signs, strict=True))  # lazily: one at a time
-        merged = recipe.merge(signed, sizes, generator)
-        factors, error = truncate(merged, rank, dtype, recipe.svd_clamp, recipe.svd_driver)
-        norm = frobenius(merged)
-        parts.append(factors)
-        lost, norms = lost + (error * norm) ** 2, norms + norm**2
-    most = max(p.rank for p in parts)
-    padded = [p.padded(most) for p in parts]
-    whole = Factors(torch.cat([p.A for p in padded]), torch.cat([p.B for p in padded]))
-    return whole, relative(math.sqrt(lost), math.sqrt(norms)), math.sqrt(norms)
+    merged = (
+        recipe.merge((t.block(i) * sign for t, sign in zip(terms, signs, strict=True)), sizes, generator)
+        for i in range(blocks)
+    )  # lazily: one block of one adapter at a time
+    return truncate_blocks(merged, rank, dtype, recipe.svd_clamp, recipe.svd_driver)
 
 
 def _combine_bias(

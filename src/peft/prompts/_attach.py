@@ -218,10 +218,13 @@ _RAGGED = (
 def _ragged_positions(
     stack: nn.Module, accepts: tuple[str, ...], shifts: Any, queries: int, real: Any
 ) -> dict[str, Tensor]:
+    embeddings = [m for name, m in stack.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
+    if any("attention_mask" in _geometry.parameters(m) for m in embeddings):
+        return {}  # OPT and its kin count positions along the mask
     if "position_ids" in accepts:
         past = 0 if real is None else real.get_seq_length()
         return {"position_ids": torch.arange(queries, device=shifts.device) + past + shifts}
-    if any(isinstance(m, nn.Embedding) and "position" in name for name, m in stack.named_modules()):
+    if embeddings:
         raise UnsupportedError(_RAGGED)
     return {}
 
@@ -239,15 +242,22 @@ class _Restoring:
     view without a real cache holds nothing, so it may be replayed.
     """
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, accepts: tuple[str, ...]) -> None:
         self.function = function
+        self.accepts = accepts
 
     def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         opened = _THREAD.scope
-        if opened is not None and opened.view is not None and isinstance(layer, partial):
-            for name in _CACHE_NAMES:
-                if name in layer.keywords and layer.keywords[name] is None:
-                    layer = partial(layer, **{name: opened.view})
+        if opened is None or opened.view is None or not isinstance(layer, partial):
+            return self.function(layer, *args, **kwargs)
+        name = next((name for name in _CACHE_NAMES if name in self.accepts), None)
+        if name is None:
+            return self.function(layer, *args, **kwargs)
+        place = self.accepts.index(name)
+        if place < len(args):
+            args = (*args[:place], opened.view, *args[place + 1 :])
+        else:
+            layer = partial(layer, **{name: opened.view})
         return self.function(layer, *args, **kwargs)
 
 
@@ -259,7 +269,7 @@ def _restore_in_checkpoints(stack: nn.Module, opened: Scope) -> list[Any]:
         if function is None or not module.__dict__.get("gradient_checkpointing", False):
             continue
         if not isinstance(function, _Restoring):
-            module._gradient_checkpointing_func = function = _Restoring(function)
+            module._gradient_checkpointing_func = function = _Restoring(function, tuple(_geometry.parameters(module)))
         found.append(function.function)
     return found
 

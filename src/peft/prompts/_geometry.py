@@ -116,7 +116,9 @@ def _text_config(base_model: nn.Module) -> Any:
             f"{type(base_model).__name__} has no config, so its sizes are unknown. Prompt methods need a transformers "
             "model; use a weight method such as LoRA for others."
         )
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if is_encoder_decoder(base_model) or not hasattr(config, "get_text_config"):
+        return config
+    return config.get_text_config()
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:

@@ -25,15 +25,16 @@ def widened(mask: Any, rows: Rows, view: View, shape: tuple[int, int], device: t
         config: Of the model.
     """
     batch, queries = shape
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     if isinstance(mask, dict):
-        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
         windows = {name: None if name == "full_attention" else window for name in mask}
         return {name: _prepared(part, rows, view, shape, device, windows[name]) for name, part in mask.items()}
     if mask is None:
         mask = torch.ones(batch, queries + int(view.get_seq_length()) - rows.length, dtype=torch.long, device=device)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return torch.cat([rows.visible(batch, mask.device).to(mask), mask], dim=1)
-    return _prepared(mask, rows, view, shape, device, None)
+    one_kind = bool(view.is_sliding) and all(view.is_sliding)
+    return _prepared(mask, rows, view, shape, device, window if one_kind else None)
 
 
 def _prepared(

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from peft.quickstart import data, train
-from peft.quickstart.data import LABELS, Message, QuickstartError
+from peft.quickstart.data import LABELS, encoder_path, messages
+from peft.quickstart.measure import Outcome, contest, difference_after_reload, file_sizes, peak_memory
 from peft.quickstart.picture import draw
+from peft.quickstart.train import HEAD_ALONE, LORA, Contestant, Encode, History, load_tokenizer, logits_of
 
 EXAMPLES = (
-    "@HondaCustSvc Your customer service has been horrible during the recall process. I will never purchase a Honda again.",
+    "@HondaCustSvc Your customer service has been horrible during the recall process. "
+    "I will never purchase a Honda again.",
     "The parcel came a day early and the vase is even prettier than in the photo.",
     "Where can I download the manual for the coffee grinder?",
     "Third week without a washing machine, and all I get from you is music on the hotline.",
@@ -34,109 +30,149 @@ EXAMPLES = (
 )
 
 
-@dataclass
-class Outcome:
-    """One trained model, measured.
-
-    Attributes:
-        history: The losses, accuracies and seconds of its training.
-        correct: For each test message, whether it was classified rightly.
-        trainable: Number of parameters that trained.
-        total: Number of parameters there are.
-    """
-
-    history: train.History
-    correct: list[bool]
-    trainable: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.correct) / len(self.correct)
-
-    def by_kind(self, test: list[Message]) -> dict[str, float]:
-        """Accuracy for each kind of message."""
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for message, right in zip(test, self.correct, strict=True):
-            groups[message.kind].append(right)
-        return {kind: statistics.mean(rights) for kind, rights in groups.items()}
-
-
 def run(out: Path, seeds: int = 1, console: Console | None = None) -> dict[str, Any]:
-    """Run the whole tour and write the adapter, the picture and `results.json` under `out`.
+    """Run the whole tour and write the adapter, the picture and `results.json` to a folder.
 
     Args:
-        out: Folder to write to; made if it isn't there.
-        seeds: How often to train, from seed 0 on. The adapter of the first seed is the one that is saved.
+        out: The folder; made if it isn't there.
+        seeds: How often to train, from seed 0 on. The adapter of seed 0 is saved.
         console: Where to print.
 
     Returns:
-        What `results.json` holds: accuracies per seed, parameters, seconds, sizes.
+        What `results.json` holds: accuracies by seed, parameters, seconds, sizes in bytes.
 
     Raises:
-        QuickstartError: The encoder is missing, or the reloaded adapter predicts something else.
+        QuickstartError: The encoder is missing, or the reloaded adapter classifies differently.
     """
     started = time.perf_counter()
     console = console or Console(highlight=False)
     _hush()
-    out.mkdir(parents=True, exist_ok=True)
-    encoder = data.encoder_path()
-    encode = train.load_tokenizer(encoder)
-    training, test = data.messages("train"), data.messages("test")
-    console.print("\n[bold]Complaint detection with LoRA[/]")
-    console.print(f"{len(training)} messages to learn from, {len(test)} others to test, MiniLM as the encoder.\n")
+    encoder = encoder_path()
+    encode = load_tokenizer(encoder)
+    test = messages("test")
+    console.print("\n[bold]Complaint detection in customer messages[/]")
+    console.print(
+        f"{len(messages('train'))} messages to learn from, {len(test)} others to test, MiniLM to read them.\n"
+    )
 
-    heads, loras = [], []
-    with _progress(console) as progress:
-        for seed in range(seeds):
-            suffix = f", seed {seed}" if seeds > 1 else ""
-            watch = _watcher(progress, f"head alone{suffix}", train.HEAD_ALONE, encode, test)
-            heads.append(_train(train.head_alone, encoder, encode, seed, train.HEAD_ALONE, training, test, watch)[1])
-            watch = _watcher(progress, f"LoRA{suffix}", train.WITH_LORA, encode, test)
-            model, outcome = _train(train.with_lora, encoder, encode, seed, train.WITH_LORA, training, test, watch)
-            loras.append(outcome)
-            if seed == 0:
-                tuned = model
-    console.print(_comparison(heads, loras))
+    tuned, outcomes = _train_all(console, encoder, encode, seeds)
+    console.print(_comparison(outcomes))
 
-    saved = _save(tuned, out / "adapter", encoder)
+    adapter = out / "adapter"
+    tuned.save_pretrained(str(adapter))
     texts = [m.text for m in test] + list(EXAMPLES)
-    difference = _same_in_a_new_process(out / "adapter", train.logits_of(tuned, encode, texts), texts)
-    _report_files(console, out / "adapter", saved, len(texts), difference)
-    _classify(console, train.logits_of(tuned, encode, list(EXAMPLES)))
-    draw(out / "quickstart.png", heads, loras, test)
+    logits = logits_of(tuned, encode, texts)
+    difference = difference_after_reload(adapter, logits, texts)
+    sizes = file_sizes(adapter)
+    base = (Path(encoder) / "model.safetensors").stat().st_size
+    _report_files(console, adapter, sizes, base)
+    console.print(
+        f"[bold]Loaded[/] in a new process: the same label for all {len(texts)} texts, "
+        f"logits within {difference:.0e} of the trained model's.\n"
+    )
+    console.print(_examples(logits[-len(EXAMPLES) :]))
+    draw(out / "quickstart.png", outcomes, test)
 
     results = {
-        "accuracy": {"head alone": [o.accuracy for o in heads], "LoRA": [o.accuracy for o in loras]},
-        "trainable": {"head alone": heads[0].trainable, "LoRA": loras[0].trainable, "of": loras[0].total},
-        "training_seconds": {"head alone": heads[0].history.seconds, "LoRA": loras[0].history.seconds},
-        "bytes": saved,
+        "accuracy": {name: [o.accuracy for o in some] for name, some in outcomes.items()},
+        "trainable": {name: some[0].trainable for name, some in outcomes.items()},
+        "parameters": {name: some[0].total for name, some in outcomes.items()},
+        "training_seconds": {name: [o.history.seconds for o in some] for name, some in outcomes.items()},
+        "bytes": {**sizes, "base model": base},
         "peak_memory_bytes": peak_memory(),
         "seconds": time.perf_counter() - started,
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    console.print(f"\nPicture  {out / 'quickstart.png'}")
-    console.print(f"Numbers  {out / 'results.json'}")
+    console.print(f"\n[bold]Picture[/] {out / 'quickstart.png'}, [bold]numbers[/] {out / 'results.json'}")
     console.print(
-        f"[dim]{results['seconds']:.0f} s in all, {results['peak_memory_bytes'] / 2**20:.0f} MiB at most.[/]\n"
+        f"[dim]{results['seconds']:.0f} s in all, {_size(results['peak_memory_bytes'])} of memory at most.[/]\n"
     )
     return results
 
 
-def _train(
-    build: Callable[[str], nn.Module],
-    encoder: str,
-    encode: train.Encode,
-    seed: int,
-    recipe: train.Recipe,
-    training: list[Message],
-    test: list[Message],
-    watch: Callable[[int, train.History], None],
-) -> tuple[nn.Module, Outcome]:
-    torch.manual_seed(seed)
-    model = build(encoder)
-    history = train.train(model, encode, training, recipe, lambda epoch, h: watch(model, epoch, h))
-    predicted = train.logits_of(model, encode, [m.text for m in test]).argmax(-1).tolist()
-    correct = [p == m.label for p, m in zip(predicted, test, strict=True)]
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return model, Outcome(history, correct, sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
+def _hush() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _train_all(console: Console, encoder: str, encode: Encode, seeds: int) -> tuple[Any, dict[str, list[Outcome]]]:
+    """All contestants with all seeds; returns the model of LoRA with seed 0, and the outcomes by name."""
+    models: list[nn.Module] = []
+    outcomes: dict[str, list[Outcome]] = {HEAD_ALONE.name: [], LORA.name: []}
+    with _progress(console) as progress:
+        for seed in range(seeds):
+            for contestant in (HEAD_ALONE, LORA):
+                watch = _bar(progress, contestant, f", seed {seed}" if seeds > 1 else "")
+                model, outcome = contest(contestant, encoder, encode, seed, watch)
+                outcomes[contestant.name].append(outcome)
+                if seed == 0 and contestant is LORA:
+                    models.append(model)
+    return models[0], outcomes
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("epochs  loss {task.fields[loss]}  test accuracy {task.fields[accuracy]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _bar(progress: Progress, contestant: Contestant, suffix: str) -> Any:
+    """A bar for one training; returns what moves it after an epoch."""
+    label = f"{contestant.name}{suffix}".ljust(18)
+    bar = progress.add_task(label, total=contestant.recipe.epochs, loss="-", accuracy="-")
+
+    def after_epoch(history: History) -> None:
+        accuracy = f"{history.accuracies[-1]:.1%}" if history.accuracies else "-"
+        progress.update(bar, advance=1, loss=f"{history.losses[-1]:.2f}", accuracy=accuracy)
+
+    return after_epoch
+
+
+def _comparison(outcomes: dict[str, list[Outcome]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(1, 3, 0, 0))
+    for title in ("", "test accuracy", "parameters trained", "of all", "seconds"):
+        table.add_column(title, justify="left" if title == "" else "right")
+    for name, some in outcomes.items():
+        accuracies = [o.accuracy for o in some]
+        spread = f" ± {statistics.stdev(accuracies):.1%}" if len(some) > 1 else ""
+        first = some[0]
+        table.add_row(
+            name,
+            f"{statistics.mean(accuracies):.1%}{spread}",
+            f"{first.trainable:,}",
+            f"{first.trainable / first.total:.3%}",
+            f"{statistics.mean(o.history.seconds for o in some):.0f}",
+            style="bold" if name == LORA.name else None,
+        )
+    return table
+
+
+def _report_files(console: Console, adapter: Path, sizes: dict[str, int], base: int) -> None:
+    files = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+    total = sum(sizes.values())
+    console.print(f"\n[bold]Saved[/] {adapter}: {files}.")
+    console.print(f"Together {_size(total)}, {total / base:.1%} of the base model's {_size(base)}.")
+
+
+def _examples(logits: Tensor) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for text, probabilities in zip(EXAMPLES, logits.softmax(-1).tolist(), strict=True):
+        label = max(range(len(LABELS)), key=probabilities.__getitem__)
+        colour = "red" if label == LABELS.index("complaint") else "green"
+        table.add_row(f"[{colour}]{LABELS[label]}[/]", f"{probabilities[label]:.0%}", text)
+    return table
+
+
+def _size(size: float) -> str:
+    """Bytes for people: 1.2 MB."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

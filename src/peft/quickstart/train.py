@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +34,6 @@ class Recipe:
     batch_size: int = 10
 
 
-HEAD_ALONE = Recipe(lr=1e-2)
-WITH_LORA = Recipe(lr=5e-4)
-
-
 @dataclass
 class History:
     """What happened: losses per step, test accuracy over epochs, and seconds spent on training steps alone."""
@@ -66,13 +61,26 @@ def head_alone(encoder: str) -> nn.Module:
 
 
 def with_lora(encoder: str) -> nn.Module:
-    """The same model with LoRA (arXiv 2106.09685) on every linear layer; the task type lets the classifier train too."""
+    """The same model with LoRA (arXiv 2106.09685) on all linear layers. `SEQ_CLS` trains the classifier, too."""
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")
     return get_peft_model(head_alone(encoder), config)
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """A way to make a model for the task, and how to train it."""
+
+    name: str
+    build: Callable[[str], nn.Module]
+    recipe: Recipe
+
+
+HEAD_ALONE = Contestant("head alone", head_alone, Recipe(lr=1e-2))
+LORA = Contestant("LoRA", with_lora, Recipe(lr=5e-4))
+
+
 def train(
-    model: nn.Module, encode: Encode, data: list[Message], recipe: Recipe, progress: Callable[[int, History], None]
+    model: nn.Module, encode: Encode, data: list[Message], recipe: Recipe, after_epoch: Callable[[int, History], None]
 ) -> History:
     """Train what is not frozen in `model`, in place.
 
@@ -81,7 +89,7 @@ def train(
         encode: The tokeniser.
         data: What to learn from.
         recipe: For how long, and how fast.
-        progress: Called after each epoch with its number and what happened so far.
+        after_epoch: Called with the number of the epoch and what happened so far.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     steps_per_epoch = -(-len(data) // recipe.batch_size)
@@ -100,7 +108,7 @@ def train(
             optimizer.zero_grad()
             history.losses.append(loss.item())
         history.seconds += time.perf_counter() - started
-        progress(epoch, history)
+        after_epoch(epoch, history)
     return history
 
 
@@ -120,9 +128,3 @@ def logits_of(model: nn.Module, encode: Encode, texts: list[str], batch_size: in
     for chosen in order.split(batch_size):
         out[chosen] = model(**encode([texts[i] for i in chosen.tolist()])).logits.float()
     return out
-
-
-def accuracy(model: Any, encode: Encode, data: list[Message]) -> float:
-    """Share of messages that get their label."""
-    predicted = logits_of(model, encode, [m.text for m in data]).argmax(-1)
-    return (predicted == torch.tensor([m.label for m in data])).float().mean().item()

@@ -1,0 +1,5 @@
+"""`python -m peft.cli` is `peft`."""
+
+from peft.cli import main
+
+main()

@@ -1,0 +1,3 @@
+"""The path of HF PEFT for warnings."""
+
+from peft.errors import PeftWarning as PeftWarning
