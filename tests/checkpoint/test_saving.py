@@ -22,6 +22,18 @@ from peft.errors import SaveError
 OPERATIONS = ("mkdir", "open", "fsync", "link", "rename", "replace", "unlink", "rmdir", "listdir", "write")
 
 
+MEMORY = Path("/dev/shm")  # takes the same system calls, without waiting for a disk
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    if not os.access(MEMORY, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder)
+
+
 class Faults:
     """Stands in for the `os` module inside `files`: counts what reaches the system, and acts before the n-th call."""
 
@@ -103,28 +115,40 @@ SCENARIOS = {  # name: an adapter is there before, what is saved is pickled, the
     "safetensors": (True, False, True),
     "pickled": (True, True, True),
     "no links": (True, False, False),
+    "recovery": (True, False, True),  # the first save was killed half-way through its publication already
 }
 CHILD = """
-import os, sys
+import os, shutil, sys
 from tests.checkpoint import test_saving as t
 from tests.checkpoint.test_saving import files
 
-def save_until_killed(folder, at, pickled, links):
+def save_until_killed(folder, at, pickled, links, version=2):
     if (pid := os.fork()) == 0:
         files.os = t.Faults(at, lambda: os._exit(77), links=links)
-        files.save(folder, t.adapter(2, pickled=pickled))
+        files.save(folder, t.adapter(version, pickled=pickled))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
+def half_published(folder):
+    at = 0
+    while not os.path.exists(os.path.join(folder, ".peft-commit")) or files.CONFIG_NAME in os.listdir(folder):
+        at += 1
+        files.save(folder, t.adapter(0))
+        assert save_until_killed(folder, at, False, True) == 77
+
+half = os.path.join(sys.argv[1], "half")
+half_published(half)
 for name, (old, pickled, links) in t.SCENARIOS.items():
     at, code = 0, 77
     while code == 77:
         at += 1
         folder = os.path.join(sys.argv[1], name, str(at))
         os.makedirs(os.path.dirname(folder), exist_ok=True)
-        if old:
+        if name == "recovery":
+            shutil.copytree(half, folder)
+        elif old:
             files.save(folder, t.adapter(1))
-        code = save_until_killed(folder, at, pickled, links)
+        code = save_until_killed(folder, at, pickled, links, version=3 if name == "recovery" else 2)
     assert code == 0, code
 """
 
@@ -134,8 +158,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Folders `<scenario>/<n>`, in which a save was killed before its n-th system call; the last one ran through."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    memory = Path("/dev/shm")  # the same system calls, without waiting for a disk
-    parent = memory if os.access(memory, os.W_OK) else tmp_path_factory.mktemp("killed")
+    parent = MEMORY if os.access(MEMORY, os.W_OK) else tmp_path_factory.mktemp("killed")
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(dir=parent) as folder:
@@ -164,6 +187,15 @@ def test_killed_anywhere_the_old_or_the_new_adapter_is_whole(killed: Path, scena
     assert outcomes == sorted(outcomes)
     assert outcomes[0] == (1, 1)
     assert outcomes[-1] == (2, 2)
+
+
+def test_killed_while_finishing_a_killed_save(killed: Path) -> None:
+    outcomes = []
+    for folder in folders(killed / "recovery"):
+        outcomes.append(loaded(folder))
+        assert seen_by_others(folder) in (None, (2, 2), (3, 3)), f"mixed for others, killed before call {folder.name}"
+    assert set(outcomes) == {(2, 2), (3, 3)}
+    assert outcomes == sorted(outcomes)
 
 
 def test_killed_on_the_first_save_there_is_a_whole_adapter_or_none(killed: Path) -> None:
