@@ -607,6 +607,28 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
     return active
 
 
+def rename_adapter(model: nn.Module, old: str, new: str) -> None:
+    """Give an adapter another name in all layers, keeping its place in the order.
+
+    Raises:
+        AdapterNameError: there is no such adapter, or already one of the new name.
+    """
+    check_name(new)
+    there = adapters_in(model)
+    if old not in there or new in there:
+        wrong = f"no adapter {old!r}" if old not in there else f"an adapter {new!r} already"
+        raise AdapterNameError(f"There is {wrong}.{nearest(old, there)} Adapters: {there}.")
+    for bank in banks(model):
+        if old in bank:
+            value = bank[old]
+            del bank[old]
+            bank[new] = value
+    tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
+    for module in (*layers(model), *wrappers(model)):
+        if id(module) not in tokens:
+            module.rename_adapter(old, new)
+
+
 def banks(model: nn.Module) -> list[Any]:
     """What layers share: per-adapter dicts of the root module."""
     found: dict[int, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,21 +21,31 @@ class Route:
 
 
 _route: ContextVar[Route | None] = ContextVar("peft_route", default=None)
+_open = 0  # routes in effect in any thread; while there is none, torch.compile need not look into a context variable
+_lock = threading.Lock()
 
 
 def current() -> Route | None:
     """The route of this call; None means that each layer's own active adapters run."""
-    return _route.get()
+    return _route.get() if _open else None
 
 
 @contextmanager
 def route(value: Route | None) -> Iterator[None]:
     """Run the body with a route."""
     token = _route.set(value)
+    _count(1)
     try:
         yield
     finally:
+        _count(-1)
         _route.reset(token)
+
+
+def _count(change: int) -> None:
+    global _open
+    with _lock:
+        _open += change
 
 
 def use(names: str | Sequence[str] | None) -> Route:
