@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from peft.checkpoint.keys import BASE_PREFIX
 from peft.combine.factored import Factors
 from peft.combine.layouts import Layout
 from peft.combine.terms import Term
@@ -24,7 +25,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, str, AdaptedLayer]]:
     """
     for path, layer in model.named_modules():
         if isinstance(layer, AdaptedLayer):
-            key = ".".join(part for part in path.split(".") if part != "base_layer")
+            key = ".".join(p for p in path.removeprefix(BASE_PREFIX).split(".") if p != "base_layer")
             parameter = layer.__dict__.get("parameter_name")
             yield path, f"{key}.{parameter}" if parameter else key, layer
 
@@ -98,9 +99,9 @@ def dense_change(layer: AdaptedLayer, adapter: str) -> Tensor:
 def _bias_change(layer: AdaptedLayer, adapter: str) -> Tensor | None:
     call = layer.parts(adapter).call(layer.host)
     (update,) = layer.updates([adapter])
-    bias = None if call.bias is None else _full(call.bias)
     if update.relative:
-        return update.add_bias(None if bias is None else torch.zeros_like(bias), call)
+        return update.add_bias(None, call)
+    bias = None if call.bias is None else _full(call.bias)
     after = update.add_bias(bias, call)
     return after if bias is None or after is None else after - bias
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft.checkpoint import files, tensors
 from peft.checkpoint.header import read as read_header
+from peft.checkpoint.keys import BASE_PREFIX
 from peft.combine import linear, lora
 from peft.combine.layouts import Layout
 from peft.combine.terms import CombinationType, CombinedLayer, CombineReport, Term, check_weights
@@ -19,7 +20,6 @@ from peft.config import PeftConfig
 from peft.errors import ConfigError, PeftWarning, UnsupportedError
 from peft.methods.lora.config import LoraConfig
 
-_PREFIX = "base_model.model."
 _SLOTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B")
 _LAYER = Mapping[str, Tensor]
 
@@ -104,14 +104,14 @@ def _combine_lora(
     state: dict[str, Tensor] = {}
     for module, layer in combined.items():
         embedding = any("lora_embedding_A" in layers.get(module, ()) for layers in adapters)
-        state |= {f"{_PREFIX}{module}.{slot}": t for slot, t in _unpack(layer, layouts[module], embedding).items()}
+        state |= {f"{BASE_PREFIX}{module}.{slot}": t for slot, t in _unpack(layer, layouts[module], embedding).items()}
     ranks = {module: layouts[module].rank_of(layer.factors) for module, layer in combined.items()}
     lora_bias = any(layer.bias is not None for layer in combined.values())
     if lora_bias:
-        lora.check_bias(m for m in modules if f"{_PREFIX}{m}.lora_embedding_A" in state or layouts[m].experts)
+        lora.check_bias(m for m in modules if f"{BASE_PREFIX}{m}.lora_embedding_A" in state or layouts[m].experts)
         for module, layer in combined.items():
             if layer.bias is None:
-                state[f"{_PREFIX}{module}.lora_B.bias"] = layer.factors.B.new_zeros(layer.factors.shape[1])
+                state[f"{BASE_PREFIX}{module}.lora_B.bias"] = layer.factors.B.new_zeros(layer.factors.shape[1])
     return lora.result_config(configs, ranks, lora_bias), state, report
 
 
@@ -125,9 +125,9 @@ def _layers(name: str, state: Mapping[str, Tensor], config: LoraConfig) -> dict[
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         slot = next((s for s in _SLOTS if key.endswith("." + s)), None)
-        if slot is None or not key.startswith(_PREFIX):
+        if slot is None or not key.startswith(BASE_PREFIX):
             raise UnsupportedError(f"{name} holds {key!r}, which is not a factor of LoRA and has no weighted sum here.")
-        layers.setdefault(key[len(_PREFIX) : -len(slot) - 1], {})[slot] = tensor
+        layers.setdefault(key[len(BASE_PREFIX) : -len(slot) - 1], {})[slot] = tensor
     return layers
 
 

@@ -33,12 +33,11 @@ from peft.combine.factored import (
     Factors,
     clamped,
     distance,
-    frobenius,
     recompress,
     relative,
     result_dtype,
     stack,
-    truncate,
+    truncate_blocks,
     wide,
 )
 from peft.combine.prune import prune
