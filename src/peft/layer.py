@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft import registry, routing
+from peft import autograd, registry, routing
 from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError, UnsupportedError, nearest
 from peft.hosts import Host, host_class
 from peft.hosts.parameter import ParameterHost, lend
@@ -38,11 +38,11 @@ class BaseTunerLayer:
 class Parts:
     """One adapter on one layer, as its method sees it: slots as tensors, settings, banks, by attribute."""
 
-    __slots__ = ("adapter", "layer")
-
-    def __init__(self, layer: AdaptedLayer, adapter: str) -> None:
+    def __init__(self, layer: AdaptedLayer, adapter: str, site: Site | None = None) -> None:
         self.layer = layer
         self.adapter = adapter
+        self.site = site
+        """Where the adapter is being put; only while it is (`derive` and `reset`)."""
 
     def __getattr__(self, name: str) -> Any:
         layer, adapter = self.layer, self.adapter
@@ -312,19 +312,21 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         for stored, (slot, value) in made.items():
             self._stored[slot.name] = stored
             if stored not in self._modules:
-                self._modules[stored] = container(value, slot.saved)
+                self._modules[stored] = container(value, slot.is_saved(config))
             held = self._modules[stored]
             held[name] = value  # type: ignore[index]
         if method.dropout:
             self._add_dropout(method.dropout, name, float(getattr(config, method.dropout, 0.0)))
         for setting in method.settings:
             self.__dict__.setdefault(setting, {})[name] = settings.get(setting)
-        self._banks.update(banks or {})
+        for bank, value in (banks or {}).items():
+            self._modules[bank] = self._banks[bank] = value
+        parts = Parts(self, name, site)
         with torch.no_grad():
             if host.device.type != "meta":
-                method.derive(Parts(self, name), host)
+                method.derive(parts, host)
             if device.type != "meta":
-                method.reset(Parts(self, name), host)
+                method.reset(parts, host)
         self._train_only_active()
 
     def _add_dropout(self, field: str, name: str, rate: float) -> None:
@@ -377,9 +379,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = [swap.get(n, n) for n in self.merged_adapters]
 
     def _holders(self) -> Iterator[Any]:
-        """Every per-adapter dict of this layer: modules, parameters, buffers and plain values."""
-        for module in self._modules.values():
-            if isinstance(module, (nn.ModuleDict, nn.ParameterDict)) or type(module).__name__ == "BufferDict":
+        """Every per-adapter dict of this layer (not the banks): modules, parameters, buffers and plain values."""
+        for name, module in self._modules.items():
+            holds = isinstance(module, (nn.ModuleDict, nn.ParameterDict)) or type(module).__name__ == "BufferDict"
+            if holds and name not in self._banks:
                 yield module
         for setting in {s for m in self.methods for s in registry.method(m).settings}:
             yield self.__dict__.get(setting, {})
@@ -523,13 +526,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _square_row_norms(self, host: Host) -> Tensor:
         weight = self._frozen(host)[0]
-        key = (
-            (weight.data_ptr(), weight._version, weight.device, weight.dtype) if weight.device.type != "meta" else None
-        )
+        if torch.compiler.is_compiling() or weight.device.type == "meta":
+            return _square_row_norms(weight)
+        key = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
         cached = self._caches.get("square_row_norms")
-        if cached is None or cached[0] != key or key is None:
-            wide = weight if weight.dtype == torch.float64 else weight.float()
-            cached = (key, wide.detach().square().sum(1))
+        if cached is None or cached[0] != key:
+            cached = (key, _square_row_norms(weight))
             self._caches["square_row_norms"] = cached
         return cached[1]
 
@@ -566,6 +568,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         call = Call(self, host, args, kwargs)
         updates = self.updates(names)
+        if host.on_input and not args and not kwargs and autograd.can_fuse(host.module, *self._leaves(names)):
+            weight, bias = (host.weight(), host.bias()) if on_merged else self._frozen(host)
+            y = autograd.fused(updates, call, x, weight, bias)
+            if y is not None:
+                return y
         if not host.factored or not all(_runs(u, host) for u in updates):
             weight, bias = (host.weight(), host.bias()) if on_merged else call.layer._frozen(host)
             for update in updates:
@@ -576,6 +583,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         for update in updates:
             run, bias = partial(update.forward, prev=run, bias=bias, base=call), update.add_bias(bias, call)
         return run(x)
+
+    def _leaves(self, names: tuple[str, ...]) -> Iterator[nn.Module]:
+        for name in names:
+            for held in self._modules.values():
+                if isinstance(held, nn.ModuleDict) and name in held:
+                    yield held[name]
 
     def _forward_rows(self, rows: tuple[str, ...], x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Each sample with its own adapter: samples of one adapter run together."""
@@ -689,6 +702,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._adapters)}, active={self._active_adapter}"
+
+
+def _square_row_norms(weight: Tensor) -> Tensor:
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    return wide.detach().square().sum(1)
 
 
 def _runs(update: Update, host: Host) -> bool:
