@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+pytest.register_assert_rewrite("tests.interop.compare", "tests.training.task")
+
 
 @pytest.fixture(scope="session")
 def reference():

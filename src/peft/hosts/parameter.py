@@ -15,11 +15,16 @@ from peft.hosts.base import Host
 def lend(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
     """A module that shares everything with `module` but the given parameters.
 
-    It is a new object, so the original is never changed and other threads may use it meanwhile.
+    It is a new object, so the original is never changed and other threads may use it meanwhile. If `module` wraps the
+    one that holds the parameters (several of one module are adapted), so does its twin.
     """
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
-    twin.__dict__["_parameters"] = {**module._parameters, **tensors}
+    wrapped = module._modules.get("base_layer")
+    if wrapped is None:
+        twin.__dict__["_parameters"] = {**module._parameters, **tensors}
+    else:
+        twin.__dict__["_modules"] = {**module._modules, "base_layer": lend(wrapped, **tensors)}
     return twin
 
 
@@ -31,6 +36,9 @@ class ParameterHost(Host):
     takes_bias = False
 
     def __init__(self, module: nn.Module, parameter_name: str) -> None:
+        self._outermost = module
+        while (wrapped := module._modules.get("base_layer")) is not None:
+            module = wrapped
         super().__init__(module)
         self.parameter = parameter_name  # type: ignore[misc]
 
@@ -62,4 +70,4 @@ class ParameterHost(Host):
         return stack.mT if self.transposed else stack
 
     def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return lend(self.module, **{self.parameter: self.native(weight).to(self.dtype)})(x, *args, **kwargs)
+        return lend(self._outermost, **{self.parameter: self.native(weight).to(self.dtype)})(x, *args, **kwargs)
