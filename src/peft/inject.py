@@ -18,7 +18,7 @@ from peft.hosts import Host, host_class
 from peft.hosts.parameter import ParameterHost
 from peft.layer import AdaptedLayer, adapt
 from peft.method import Site, WeightMethod, method_of
-from peft.slots import BufferDict, adapter_dtype
+from peft.slots import adapter_dtype, container
 
 
 @dataclass
@@ -80,9 +80,9 @@ def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | No
         found.append(Target(key, modules[key], name))
     whole = []
     if config.modules_to_save:
-        spec = targets.matcher(config.modules_to_save, "modules_to_save")
-        whole = [key for key in modules if key and spec is not None and spec.entry(key) is not None]
-        missed = spec.entries - {spec.entry(key) for key in whole} if spec else set()
+        spec = targets.Endings(config.modules_to_save)
+        whole = [key for key in modules if key and spec.entry(key) is not None]
+        missed = spec.entries - {spec.entry(key) for key in whole}
         matches.unmatched["modules_to_save"] = sorted(missed)
     return Plan(found, whole, _tokens(model, config, modules), matches)
 
@@ -338,11 +338,10 @@ def _share(
         shared = method.shared(config, hosts, first.device, adapter_dtype(first.dtype, autocast))
     banks: dict[str, nn.Module] = {}
     for name, value in shared.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, (Tensor, nn.ParameterDict)):
             continue
         if name not in root._modules:
-            trained = isinstance(value, nn.Parameter)
-            root.add_module(name, nn.ParameterDict() if trained else BufferDict(persistent=False))
+            root.add_module(name, container(value, saved=False))
         bank = root._modules[name]
         assert bank is not None
         bank[adapter_name] = value  # type: ignore[index]
@@ -466,7 +465,7 @@ def train_besides(model: nn.Module, config: Any, adapter_name: str, autocast: bo
     wanted = getattr(config, "modules_to_save", None)
     if not wanted:
         return
-    names = targets.Names(wanted)
+    names = targets.Endings(wanted)
     keys = [key for key, _ in _named_modules(model) if key and names.entry(key)]
     undo = Undo()
     try:
@@ -516,12 +515,10 @@ def bias_parameters(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Param
         if k != "base_layer" and c is not None
         for p in c.parameters()
     }
-    copies = {
-        id(p) for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for p in m.modules_to_save.parameters()
-    }
+    copies = {id(p) for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for p in m.parameters()}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is None or "bias" not in key or id(parameter) in inside or id(parameter) in copies:
+            if parameter is None or key != "bias" or id(parameter) in inside or id(parameter) in copies:
                 continue
             if bias == "all" or (bias.endswith("_only") and id(module) in adapted):
                 yield (f"{name}.{key}" if name else key), parameter
@@ -662,7 +659,12 @@ def unload(
     Raises:
         ValueError: `safe_merge`, and a merged weight is not finite.
     """
-    todo = [(key, m) for key, m in model.named_modules() if isinstance(m, (AdaptedLayer, AuxiliaryTrainingWrapper))]
+    tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
+    todo = [
+        (key, m)
+        for key, m in model.named_modules()
+        if isinstance(m, (AdaptedLayer, AuxiliaryTrainingWrapper)) and id(m) not in tokens
+    ]
     if progress:
         todo = _with_progress(todo, "Merging" if merge else "Unloading")
     for key, module in reversed(list(todo)):
@@ -697,7 +699,11 @@ def _untie_config(model: nn.Module) -> None:
     if not getattr(config, "tie_word_embeddings", False) or not callable(get_in) or not callable(get_out):
         return
     one, two = get_in(), get_out()
-    if one is not None and two is not None and one.weight is not two.weight:
+    if one is None or two is None or one.weight is two.weight:
+        return
+    if one.weight.shape == two.weight.shape and torch.equal(one.weight, two.weight):
+        two.weight = one.weight
+    else:
         config.tie_word_embeddings = False  # type: ignore[union-attr]
         warnings.warn(
             "Merging gave the input and output embeddings different weights; config.tie_word_embeddings is now False.",

@@ -88,7 +88,10 @@ class WeightMethod:
         raise NotImplementedError
 
     def derive(self, p: Parts, host: Host) -> None:
-        """Fill the buffers that files don't hold (seeded indices and the like), in place. Runs before `reset`."""
+        """Fill the buffers that files don't hold (seeded indices and the like), in place. Runs before `reset`.
+
+        Here and in `reset`, `p.site` says where the layer is.
+        """
 
     def update(self, p: Parts, host: Host) -> Update:
         """The update that the adapter is."""
@@ -99,7 +102,8 @@ class WeightMethod:
     def shared(self, config: Any, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Any]:
         """What all layers of one adapter share, made once per adapter before the layers.
 
-        Tensors and parameters become banks: `p.<name>` on each layer, one entry in the model (`base_model.<name>`).
+        Tensors, parameters and groups of parameters become banks: `p.<name>` on each layer, one entry in the model
+        (`base_model.<name>`).
         Other values are only for `resolve`, as `site.shared`.
         """
         return {}

@@ -63,7 +63,7 @@ class BufferDict(nn.Module):
         return self._buffers.keys()
 
 
-Shape = str | Callable[["Sizes"], tuple[int, ...]]
+Shape = str | Callable[["Sizes"], Any]
 
 
 class Sizes(dict):
@@ -107,10 +107,10 @@ class Slot:
         name: Name of the dict on the layer, and in files.
         shape: Its shape as a matrix method sees it, e.g. `"r in"`; see `Sizes.shape`. A callable gets the `Sizes`.
         kind: `"parameter"`; `"down"` or `"up"`: the first or second of two thin factors, held by a small layer of the
-            host's type (`nn.Linear`, a convolution); `"vector"`: a module with a `weight`; `"buffer"`: a tensor that
-            does not train.
+            host's type (`nn.Linear`, a convolution); `"vector"`: a module with a `weight`; `"group"`: parameters by
+            name, their shapes a dict; `"buffer"`: a tensor that does not train.
         trains: Whether gradient descent changes it.
-        saved: Whether files hold it.
+        saved: Whether files hold it; or the config field that says so.
         bias: For `"up"`: a bias (out,), if this setting is true.
         when: The setting that must be true for the slot to exist; None: always.
         dtype: A fixed dtype (indices); None: that of adapters.
@@ -120,7 +120,7 @@ class Slot:
     shape: Shape
     kind: str = "parameter"
     trains: bool = True
-    saved: bool = True
+    saved: bool | str = True
     bias: str | None = None
     when: str | None = None
     dtype: torch.dtype | None = None
@@ -128,7 +128,11 @@ class Slot:
     @property
     def derived(self) -> bool:
         """Whether it follows from the config and the base layer (`WeightMethod.derive`), so that no file holds it."""
-        return self.kind == "buffer" and not self.saved
+        return self.saved is not True and (self.kind == "buffer" or not self.trains)
+
+    def is_saved(self, config: Any) -> bool:
+        """Whether files of an adapter with this config hold it."""
+        return bool(getattr(config, self.saved)) if isinstance(self.saved, str) else self.saved
 
     def exists(self, sizes: Mapping[str, Any]) -> bool:
         """Whether an adapter with these settings has it."""
@@ -137,8 +141,10 @@ class Slot:
 
 def create(slot: Slot, host: Host, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> nn.Module | Tensor:
     """Allocate what a slot holds, unfilled: a module, a parameter or a plain tensor (buffers)."""
-    shape = sizes.shape(slot.shape)
     dtype = slot.dtype or dtype
+    if slot.kind == "group":
+        return group(slot.shape(sizes), device, dtype)  # type: ignore[operator,arg-type]
+    shape = sizes.shape(slot.shape)
     if slot.kind in ("down", "up"):
         leaf = host.leaf(slot.kind, shape, device, dtype)
         if leaf is not None:
@@ -151,6 +157,11 @@ def create(slot: Slot, host: Host, sizes: Sizes, device: torch.device, dtype: to
     return Vector(empty) if slot.kind == "vector" else nn.Parameter(empty, requires_grad=slot.trains)
 
 
+def group(shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> nn.ParameterDict:
+    """Parameters by name, unfilled."""
+    return nn.ParameterDict({name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()})
+
+
 def container(value: nn.Module | Tensor, saved: bool) -> nn.Module:
     """The per-adapter dict that holds such a value."""
     if isinstance(value, nn.Parameter):
@@ -158,8 +169,10 @@ def container(value: nn.Module | Tensor, saved: bool) -> nn.Module:
     return nn.ModuleDict() if isinstance(value, nn.Module) else BufferDict(persistent=saved)
 
 
-def tensor_of(value: nn.Module | Tensor) -> Tensor:
-    """The tensor of a slot's value as a method sees it: factors of convolutions as matrices."""
+def tensor_of(value: nn.Module | Tensor) -> Any:
+    """The tensor of a slot's value as a method sees it: factors of convolutions as matrices. A group stays a dict."""
+    if isinstance(value, nn.ParameterDict):
+        return value
     if isinstance(value, nn.Module):
         weight = value.weight
         return weight.flatten(1) if weight.dim() > 2 and not isinstance(value, Vector) else weight

@@ -139,7 +139,7 @@ class BaseTuner(nn.Module):
         active = self.active_adapters
         for bank in inject.banks(self.model):
             for name in bank:
-                if isinstance(bank[name], nn.Parameter):
+                if isinstance(bank[name], (nn.Parameter, nn.ParameterDict)):
                     bank[name].requires_grad_(name in active and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

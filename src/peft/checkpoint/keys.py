@@ -62,7 +62,7 @@ def _of_layer(layer: AdaptedLayer, adapter: str, dot: str) -> list[Entry]:
         return []
     found = []
     for slot, value in layer.slots(adapter):
-        if not slot.saved:
+        if not slot.is_saved(layer._adapters[adapter]):
             continue
         stored = layer._stored.get(slot.name, slot.name)
         if isinstance(value, Vector):
@@ -83,18 +83,28 @@ def strip(name: str) -> str:
     return name
 
 
-def bank_entries(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
-    """Shared tensors of an adapter that files hold: name in the file (without prefix), and the bank."""
-    found = []
-    seen: set[str] = set()
+def bank_entries(model: nn.Module, adapter: str, saved: bool = True) -> dict[str, tuple[str, Tensor]]:
+    """Shared tensors of an adapter, by their names in files: the name in memory, and the tensor. Without prefix.
+
+    Args:
+        model: The adapted model.
+        adapter: The adapter.
+        saved: Only those that files hold.
+    """
+    found: dict[str, tuple[str, Tensor]] = {}
     for layer in inject.layers(model):
         if adapter not in layer._adapters:
             continue
         config = layer._adapters[adapter]
-        for name in method_of(config).saved_banks(config):
-            if name in layer._banks and name not in seen:
-                seen.add(name)
-                found.append((name, layer._banks[name]))
+        wanted = method_of(config).saved_banks(config) if saved else tuple(layer._banks)
+        for name in wanted:
+            bank: Any = layer._banks.get(name, {})
+            if adapter not in bank:
+                continue
+            parts = bank[adapter].items() if isinstance(bank[adapter], nn.ParameterDict) else [("", bank[adapter])]
+            for part, tensor in parts:
+                end = f".{part}" if part else ""
+                found[f"{name}{end}"] = (f"{name}.{adapter}{end}", tensor)
     return found
 
 

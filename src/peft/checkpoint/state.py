@@ -68,8 +68,8 @@ def get_peft_model_state_dict(
         return model.prompt_state_dict(adapter_name)
     source = _tensors(model) if state_dict is None else {keys.strip(k): v for k, v in state_dict.items()}
     result = keys.to_file(model, keys.entries(model, adapter_name), adapter_name, source)
-    for name, bank in keys.bank_entries(model, adapter_name):
-        result[_bank_name(model, name)] = source.get(_bank_name(model, f"{name}.{adapter_name}"), bank[adapter_name])
+    for disk, (memory, tensor) in keys.bank_entries(model, adapter_name).items():
+        result[_bank_name(model, disk)] = source.get(_bank_name(model, memory), tensor.detach())
     for name, _ in inject.bias_parameters(model, config.bias):
         result[keys.strip(name)] = source[keys.strip(name)]
     for name in _embedding_names(model, save_embedding_layers):
@@ -190,20 +190,12 @@ def _relative(model: nn.Module, found: list[keys.Entry], state_dict: Mapping[str
 def _take_banks(model: nn.Module, adapter: str, rest: list[str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Shared tensors in the file; those that the config regenerates may be there as well, and win."""
     placed = {}
-    for bank_name, bank in _all_banks(model, adapter).items():
-        name = _bank_name(model, bank_name)
+    for disk, (memory, _) in keys.bank_entries(model, adapter, saved=False).items():
+        name = _bank_name(model, disk)
         if name in rest:
             rest.remove(name)
-            placed[_bank_name(model, f"{bank_name}.{adapter}")] = given[name]
+            placed[_bank_name(model, memory)] = given[name]
     return placed
-
-
-def _all_banks(model: nn.Module, adapter: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for layer in inject.layers(model):
-        if adapter in layer._adapters:
-            found.update({n: b for n, b in layer._banks.items() if adapter in b})
-    return found
 
 
 def _is_embedding(name: str, current: Mapping[str, Tensor]) -> bool:

@@ -68,7 +68,7 @@ class ConvHost(Host):
         )
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
-        if not isinstance(op, LowRank):
+        if not isinstance(op, LowRank) or self._groups(op.down) > 1:
             return super().lift(op, x)
         op = op.to(x.dtype)
         hidden = self.act(op.down, None, x)
