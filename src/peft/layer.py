@@ -23,7 +23,7 @@ from peft.hosts.parameter import ParameterHost, lend
 from peft.method import Site, WeightMethod, method_of
 from peft.operators import Operator
 from peft.slots import Sizes, adapter_dtype, container, create, tensor_of
-from peft.updates import Before, Update
+from peft.updates import Update
 
 _ADAPTER_STATE = ("base_layer", "_adapters", "_active_adapter", "merged_adapters")
 
@@ -38,11 +38,13 @@ class BaseTunerLayer:
 class Parts:
     """One adapter on one layer, as its method sees it: slots as tensors, settings, banks, by attribute."""
 
-    def __init__(self, layer: AdaptedLayer, adapter: str, site: Site | None = None) -> None:
+    def __init__(self, layer: AdaptedLayer, adapter: str, site: Site | None = None, running: bool = False) -> None:
         self.layer = layer
         self.adapter = adapter
         self.site = site
         """Where the adapter is being put; only while it is (`derive` and `reset`)."""
+        self.running = running
+        """Whether the update is for a forward pass. Merging and conversion know no dropout and no noise."""
 
     def __getattr__(self, name: str) -> Any:
         layer, adapter = self.layer, self.adapter
@@ -78,13 +80,13 @@ class Parts:
 
     @property
     def training(self) -> bool:
-        """Whether the layer is in training mode."""
-        return self.layer.training
+        """Whether this is a forward pass in training mode."""
+        return self.running and self.layer.training
 
     @property
     def dropout(self) -> nn.Module | None:
-        """The dropout to apply now: None in evaluation, and when its rate is zero."""
-        name = self.method.dropout
+        """The dropout to apply now: None in evaluation, when its rate is zero, and where inputs are indices."""
+        name = self.method.dropout if self.running and not self.layer.host_cls.one_hot else None
         module = self.layer._modules[name][self.adapter] if name else None  # type: ignore[index]
         if module is None or isinstance(module, nn.Identity) or not module.training:
             return None
@@ -293,7 +295,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             device = torch.device("meta") if meta else host.device
             dtype = adapter_dtype(host.dtype, autocast)
             made = {
-                host.slot_name(slot.name) if slot.kind in ("down", "up") else slot.name: (
+                host.slot_name(slot.name) if slot.host_names_it else slot.name: (
                     slot,
                     create(slot, host, sizes, host.device if slot.derived else device, dtype),
                 )
@@ -492,10 +494,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         active = tuple(n for n in self._active_adapter if n in self._adapters)
         return tuple(n for n in self.merged_adapters if n not in active) + active
 
-    def updates(self, names: Iterable[str]) -> list[Update]:
-        """The updates that these adapters are."""
+    def updates(self, names: Iterable[str], running: bool = False) -> list[Update]:
+        """The updates that these adapters are, with their dropout if they are `running`."""
         host = self.host
-        return [method_of(self._adapters[n]).update(Parts(self, n), host) for n in names]
+        return [method_of(self._adapters[n]).update(Parts(self, n, running=running), host) for n in names]
 
     def _split(self, names: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
         """Whether the merged base layer can serve as the bottom of the stack, and what is left to run on top."""
@@ -567,7 +569,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if not names and on_merged and not host.always_acts:
             return self.base_layer(x, *args, **kwargs)
         call = Call(self, host, args, kwargs)
-        updates = self.updates(names)
+        updates = self.updates(names, running=True)
         if host.on_input and not args and not kwargs and autograd.can_fuse(host.module, *self._leaves(names)):
             weight, bias = (host.weight(), host.bias()) if on_merged else self._frozen(host)
             y = autograd.fused(updates, call, x, weight, bias)
@@ -711,7 +713,7 @@ def _square_row_norms(weight: Tensor) -> Tensor:
 
 def _runs(update: Update, host: Host) -> bool:
     """Whether an update can act on the way on this host."""
-    return host.on_input or not isinstance(update, Before)
+    return host.on_input or not update.acts_on_input
 
 
 def _take(value: Any, index: Tensor, dim: int, size: int) -> Any:
@@ -754,7 +756,7 @@ def marker(peft_type: str) -> type[BaseTunerLayer]:
     for slot in method.slots:
         names.append(slot.name)
         head, _, tail = slot.name.rpartition("_")
-        if slot.kind in ("down", "up") and head:
+        if slot.host_names_it and head:
             embedding.append(f"{head}_embedding_{tail}")
     pure = [n for n in names if not n.endswith("magnitude_vector")]
     ordered = (*pure, *embedding, *(n for n in names if n not in pure))

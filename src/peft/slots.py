@@ -18,8 +18,8 @@ from peft.errors import ConfigError
 from peft.hosts import Host
 
 
-class Vector(nn.Module):
-    """A module that only holds `weight`; some file formats expect one where a bare parameter would do."""
+class Leaf(nn.Module):
+    """A module that only holds `weight`; some names in files expect one where a bare parameter would do."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -27,6 +27,10 @@ class Vector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}"
+
+
+class Vector(Leaf):
+    """The same, whose `weight` files call by the name of the module."""
 
 
 class BufferDict(nn.Module):
@@ -107,12 +111,14 @@ class Slot:
         name: Name of the dict on the layer, and in files.
         shape: Its shape as a matrix method sees it, e.g. `"r in"`; see `Sizes.shape`. A callable gets the `Sizes`.
         kind: `"parameter"`; `"down"` or `"up"`: the first or second of two thin factors, held by a small layer of the
-            host's type (`nn.Linear`, a convolution); `"vector"`: a module with a `weight`; `"group"`: parameters by
+            host's type (`nn.Linear`, a convolution); `"leaf"`, `"vector"`: a module with a `weight`, which files call
+            by its full name or by that of the module; `"group"`: parameters by
             name, their shapes a dict; `"buffer"`: a tensor that does not train.
         trains: Whether gradient descent changes it.
         saved: Whether files hold it; or the config field that says so.
         bias: For `"up"`: a bias (out,), if this setting is true.
         when: The setting that must be true for the slot to exist; None: always.
+        factor: Whether it is named as a factor, although its kind is none: embeddings say `hira_embedding_A`.
         dtype: A fixed dtype (indices); None: that of adapters.
     """
 
@@ -123,6 +129,7 @@ class Slot:
     saved: bool | str = True
     bias: str | None = None
     when: str | None = None
+    factor: bool = False
     dtype: torch.dtype | None = None
 
     @property
@@ -133,6 +140,11 @@ class Slot:
     def is_saved(self, config: Any) -> bool:
         """Whether files of an adapter with this config hold it."""
         return bool(getattr(config, self.saved)) if isinstance(self.saved, str) else self.saved
+
+    @property
+    def host_names_it(self) -> bool:
+        """Whether the name it is stored under depends on the layer type."""
+        return self.factor or self.kind in ("down", "up")
 
     def exists(self, sizes: Mapping[str, Any]) -> bool:
         """Whether an adapter with these settings has it."""
@@ -154,7 +166,9 @@ def create(slot: Slot, host: Host, sizes: Sizes, device: torch.device, dtype: to
     empty = torch.empty(shape, device=device, dtype=dtype)
     if slot.kind == "buffer":
         return empty
-    return Vector(empty) if slot.kind == "vector" else nn.Parameter(empty, requires_grad=slot.trains)
+    if slot.kind in ("leaf", "vector"):
+        return (Leaf if slot.kind == "leaf" else Vector)(empty)
+    return nn.Parameter(empty, requires_grad=slot.trains)
 
 
 def group(shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> nn.ParameterDict:

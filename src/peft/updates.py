@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -67,10 +68,15 @@ class Base(Protocol):
 
 
 class Update:
-    """Base of updates. `needs_weight` says that running it reads W, so a quantised layer has to dequantise."""
+    """Base of updates.
 
-    relative = False
-    needs_weight = False
+    `relative` updates are computed from the frozen W and b; `needs_weight` says that running it reads W, so a quantised
+    layer has to dequantise; `acts_on_input` that it changes x, which not every layer type allows.
+    """
+
+    relative: bool = False
+    needs_weight: bool = False
+    acts_on_input: bool = False
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         """Output for x, given the map before (`prev`, whose bias is `bias`)."""
@@ -143,13 +149,14 @@ class Before(Update):
 
     op: Operator
     dropout: Callable[[Tensor], Tensor] | None = None
+    acts_on_input = True
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         seen = x if self.dropout is None else self.dropout(x)
         return prev(self.op.to(seen.dtype).apply(seen))
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
-        return self.op.T.apply(weight)
+        return _apply(self.op.T, weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +173,40 @@ class After(Update):
         return base.out(self.op, y)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
-        return self.op.apply(weight.mT).mT
+        return _apply(self.op, weight.mT).mT
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
-        return bias if self.keep_bias or bias is None else self.op.apply(bias)
+        return bias if self.keep_bias or bias is None else _apply(self.op, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(Update):
+    """Several updates as one, the first nearest to W."""
+
+    links: tuple[Update, ...]
+
+    @property
+    def acts_on_input(self) -> bool:  # type: ignore[override]
+        return any(link.acts_on_input for link in self.links)
+
+    @property
+    def needs_weight(self) -> bool:  # type: ignore[override]
+        return any(link.needs_weight for link in self.links)
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        for link in self.links:
+            prev, bias = partial(link.forward, prev=prev, bias=bias, base=base), link.add_bias(bias, base)
+        return prev(x)
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        for link in self.links:
+            weight = link.weight(weight, base)
+        return weight
+
+    def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
+        for link in self.links:
+            bias = link.add_bias(bias, base)
+        return bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +255,12 @@ def row_norms(op: Operator, base: Base) -> Tensor:
     cross = (up * (weight.to(up.dtype) @ op.down.mT)).sum(1)
     square = (up @ (op.down @ op.down.mT) * up).sum(1)
     return (base.square_row_norms + 2 * cross + square).clamp_min(0).sqrt()
+
+
+def _apply(op: Operator, x: Tensor) -> Tensor:
+    """`op` on x in the wider of their dtypes: 16-bit weights meet adapters in float32."""
+    dtype = torch.promote_types(op.like().dtype, x.dtype)
+    return op.to(dtype).apply(x.to(dtype))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

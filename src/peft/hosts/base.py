@@ -79,6 +79,11 @@ class Host:
         return 1
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """Taps of a convolution in each of its dimensions; empty for other layers."""
+        return ()
+
+    @property
     def layout(self) -> dict[str, int]:
         """Sizes that methods may use beyond (out, in); a convolution tells its channels and kernel here."""
         return {}

@@ -29,9 +29,12 @@ class ConvHost(Host):
         return self.module.groups
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(self.raw.shape[2:])
+
+    @property
     def layout(self) -> dict[str, int]:
-        kernel = self.raw.shape[2:]
-        return {"channels": self.module.in_channels, "taps": math.prod(kernel), "spatial": self.dimensions}
+        return {"channels": self.module.in_channels, "taps": math.prod(self.kernel), "spatial": self.dimensions}
 
     def weight(self) -> Tensor:
         return self.raw.flatten(1)
