@@ -46,6 +46,7 @@ _HOMES: dict[str, str] = {
         "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values"
     ),
     "peft.combine.convert": "convert_to_lora save_as_lora",
+    "peft.combine.files": "combine_files",
     "peft.plan": "plan",
     "peft.verify": "verify_merge",
 }

@@ -252,20 +252,23 @@ def test_conversion_says_what_it_loses(rank):
     assert config.rank_pattern.get("lin", config.r) == A.shape[0] == report.ranks["lin"]
 
 
-def test_conversion_hands_on_what_else_was_trained(tmp_path):
-    config = LoraConfig(r=2, target_modules=["lin0"], modules_to_save=["lin1"])
+EXTRAS = {
+    "a whole module": {"modules_to_save": ["moe"]},
+    "rows of an embedding": {"trainable_token_indices": {"emb": [1, 3]}},
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_conversion_hands_on_what_else_was_trained(tmp_path, name):
+    model = zoo("one", configs={"one": {"r": 2, "use_dora": True, "target_modules": ["lin"], **EXTRAS[name]}})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    peft.save_as_lora(tmp_path, model, None, "one")
     torch.manual_seed(0)
-    base = nn.Sequential()
-    base.lin0, base.lin1 = nn.Linear(4, 4), nn.Linear(4, 2)
-    model = peft.get_peft_model(base, config)
-    noise(model)
-    _, tensors = peft.convert_to_lora(model, 2)
-    assert {k.removeprefix("base_model.model.") for k in tensors} == {
-        "lin0.lora_A.weight",
-        "lin0.lora_B.weight",
-        "lin1.weight",
-        "lin1.bias",
-    }
+    again = peft.PeftModel.from_pretrained(Zoo().double(), tmp_path).eval()
+    assert torch.allclose(again(IDS), model(IDS), atol=1e-10)
 
 
 def test_conversion_refuses_what_is_no_change_of_a_weight():

@@ -85,7 +85,7 @@ def convert_to_lora(
     """
     check_rank(rank)
     check_values(model)
-    layers = [found for found in adapted(model) if adapter_name in found[2].available_adapters]
+    layers = [found for found in adapted(model) if adapter_name in found[2].available_adapters and _is_change(found[2])]
     if not layers:
         state.config_of(model, adapter_name)
         raise NotConvertibleError(f"Nothing in the model can be converted: {adapter_name!r} changes no weight.")
@@ -169,6 +169,11 @@ def to_factors(
         up, down = thin
         return recompress([Factors(down.detach(), up.detach())], rank, dtype)
     return truncate(change.dense(), rank, dtype, driver=driver)
+
+
+def _is_change(layer: AdaptedLayer) -> bool:
+    """Whether the layer's adapter is a change of its weight; trained rows of an embedding replace what is there."""
+    return layer.methods != ("TRAINABLE_TOKENS",)
 
 
 def _convert(
