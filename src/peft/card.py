@@ -43,7 +43,7 @@ def _fresh(configs: dict[str, Any], base_model: str | None) -> str:
     methods = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()}))
     about = f" of `{base_model}`" if base_model else ""
     return (
-        "---\n---\n\n# Adapter\n\n"
+        "---\nlibrary_name: peft\n---\n\n# Adapter\n\n"
         f"A {methods} adapter{about}. Load it on the base model:\n\n"
         '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "path/to/this/folder")\n```\n'
     )

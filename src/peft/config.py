@@ -23,6 +23,8 @@ from peft.errors import ConfigError, PeftWarning, nearest
 from peft.version import __version__
 
 CONFIG_NAME = "adapter_config.json"
+_RUN_ONLY = ("allow_unmatched",)
+"""Fields that steer one call and are no part of an adapter."""
 
 
 class PeftType(str, Enum):
@@ -110,6 +112,8 @@ class PeftConfigMixin:
     auto_mapping: dict | None = field(default=None, metadata={"help": "Base class and module, when no task is given."})
     peft_version: str | None = field(default=None, metadata={"help": "Version that wrote the file."})
 
+    # Lists of a config that comes from a file may be those of a sibling model: entries without a match only warn.
+    _from_file: ClassVar[bool] = False
     # Fields left out of the file while they have their default, since HF PEFT's config of the method lacks them.
     _optional: ClassVar[frozenset[str]] = frozenset()
 
@@ -131,7 +135,8 @@ class PeftConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a plain dict, nested dataclasses included; `type(config)(**config.to_dict())` gives it back."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key not in _RUN_ONLY or value}
 
     def to_file_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds: JSON types only, sets sorted, enums as strings."""
@@ -139,7 +144,7 @@ class PeftConfigMixin:
         return {
             key: _plain(value)
             for key, value in self.to_dict().items()
-            if key != "runtime_config" and not (key in self._optional and value == defaults.get(key))
+            if key not in ("runtime_config", *_RUN_ONLY) and not (key in self._optional and value == defaults.get(key))
         }
 
     def to_json_string(self) -> str:
@@ -217,7 +222,9 @@ class PeftConfigMixin:
         hub_options = {k: kwargs.pop(k) for k in list(kwargs) if k in files.HUB_OPTIONS}
         path = files.locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_options)
         loaded = files.read_config(path)
-        return cls.from_peft_type(**{**loaded, **kwargs})
+        config = cls.from_peft_type(**{**loaded, **kwargs})
+        config._from_file = True  # type: ignore[attr-defined]
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
@@ -277,6 +284,13 @@ class TargetedConfig(PeftConfig):
             "None (new adapters) ties them and writes down what was done."
         },
     )
+    allow_unmatched: bool = field(
+        default=False,
+        metadata={
+            "help": "Accept entries of the lists above (and of patterns) that match nothing, for one list that serves several "
+            "models. Never saved."
+        },
+    )
     bias: str = field(
         default="none", metadata={"help": "Base biases to train: 'none', 'all', or '<method>_only' (adapted layers)."}
     )
@@ -303,6 +317,12 @@ class TargetedConfig(PeftConfig):
                 "layers_pattern says where layers are counted; set layers_to_transform to say which ones."
             )
         _check_regexes(self)
+
+    def to_file_dict(self) -> dict[str, Any]:
+        found = super().to_file_dict()
+        if found.get("ensure_weight_tying", True) is None:  # nothing was tied; files know only yes and no
+            found["ensure_weight_tying"] = False
+        return found
 
 
 @dataclass

@@ -198,6 +198,7 @@ def inject(
     check_name(adapter_name)
     method = method_of(config)
     plan = make_plan(model, config, keys)
+    check_unmatched(model, config, plan)
     _check_bias(model, config)
     tied = tied_modules(model)
     undo = Undo()
@@ -224,10 +225,34 @@ def inject(
         undo.back()
         raise
     _train_biases(model, config)
-    for name, entries in plan.matches.unmatched.items():
-        if entries:
-            _warn_unmatched(model, name, entries)
     return plan
+
+
+def check_unmatched(model: nn.Module, config: TargetedConfig, plan: Plan) -> None:
+    """Raise for entries of a new adapter's lists and patterns that match nothing; warn if the config is a file's.
+
+    Raises:
+        TargetError: with the nearest names that there are.
+    """
+    heads = getattr(config, "_heads", ())
+    lost = {name: [e for e in entries if e not in heads] for name, entries in plan.matches.unmatched.items()}
+    lost = {name: entries for name, entries in lost.items() if entries}
+    if not lost or config.allow_unmatched:
+        return
+    names = {part for key, _ in targets._adaptable(model) for part in (key, key.rpartition(".")[2]) if part}
+    parameters = [n for n, _ in model.named_parameters()]
+
+    def hint(entries: list[str]) -> str:
+        held = next((n for n in parameters for e in entries if n.endswith(f".{e}")), None)
+        if held is not None and "target_modules" in lost:
+            return f" {held!r} is a parameter, not a module: name it in target_parameters."
+        return nearest(entries[0].rpartition(".")[2], names) or nearest(entries[0], parameters)
+
+    said = "; ".join(f"{name}: {entries} match nothing in the model.{hint(entries)}" for name, entries in lost.items())
+    if config._from_file:
+        warnings.warn(said, PeftWarning, stacklevel=5)
+        return
+    raise TargetError(f"{said} If one list is meant to serve several models, set allow_unmatched=True.")
 
 
 def _adapt_layers(
@@ -439,7 +464,7 @@ def _train_tokens(
 ) -> None:
     for key, ids in tokens.items():
         first: AdaptedLayer | None = None
-        for place in (key, *(_partners(tied, key) if config.ensure_weight_tying is not False or True else ())):
+        for place in (key, *_partners(tied, key)):
             parent, name = parent_of(model, place)
             module = parent._modules[name]
             assert module is not None
@@ -522,15 +547,6 @@ def bias_parameters(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Param
                 continue
             if bias == "all" or (bias.endswith("_only") and id(module) in adapted):
                 yield (f"{name}.{key}" if name else key), parameter
-
-
-def _warn_unmatched(model: nn.Module, name: str, entries: list[str]) -> None:
-    names = {part for key, _ in targets._adaptable(model) for part in (key, key.rpartition(".")[2])}
-    warnings.warn(
-        f"{name}: {entries} match nothing in the model.{nearest(entries[0].rpartition('.')[2], names)}",
-        PeftWarning,
-        stacklevel=4,
-    )
 
 
 def layers(model: nn.Module) -> Iterator[AdaptedLayer]:
@@ -682,7 +698,7 @@ def unload(
             return left
         parent_key, _, name = key.rpartition(".")
         model.get_submodule(parent_key)._modules[name] = left
-    _untie_config(model)
+    _settle_ties(model)
     return model
 
 
@@ -692,8 +708,8 @@ def _with_progress(items: list[Any], text: str) -> Any:
     return tqdm(items, desc=text)
 
 
-def _untie_config(model: nn.Module) -> None:
-    """If merging parted weights that the config calls tied, say so in the config, or a reload would tie them again."""
+def _settle_ties(model: nn.Module) -> None:
+    """Tie embeddings again that merging left equal; if it parted them, say so in the config, which a reload obeys."""
     config = getattr(model, "config", None)
     get_in, get_out = getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)
     if not getattr(config, "tie_word_embeddings", False) or not callable(get_in) or not callable(get_out):

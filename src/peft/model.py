@@ -169,6 +169,8 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. `adapter_names`, one per sample (`"__base__"`: none), mixes adapters in the batch."""
+        if self.training and not self._trains:
+            self._demand_training(args, kwargs)
         with self._routed(kwargs):
             if self._prompting(kwargs):
                 return prompts.forward(self, *args, **kwargs)
@@ -257,8 +259,31 @@ class PeftModel(nn.Module):
         base.gradient_checkpointing_enable(*args, **kwargs)
         self.prepare_model_for_gradient_checkpointing(base)
 
+    _trains = False
+
     def train(self, mode: bool = True) -> PeftModel:
+        """Set training mode, as in `nn.Module`. The first forward then checks that anything can train."""
+        self._trains = False
         return super().train(mode)
+
+    def _demand_training(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise if this is a training step in which nothing would learn."""
+        if not torch.is_grad_enabled():
+            return
+        given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        if any(p.requires_grad for p in self.parameters()) or any(t.requires_grad for t in given):
+            self._trains = True
+            return
+        loaded = [name for name, config in self.peft_config.items() if config.inference_mode]
+        why = (
+            f"Adapter {loaded[0]!r} was loaded for inference. Load it with is_trainable=True"
+            if loaded
+            else "No parameter requires a gradient"
+        )
+        raise StateError(
+            f"The model is in training mode, but nothing in it would train. {why}, or call "
+            "model.set_requires_grad(name, True). For inference, call model.eval()."
+        )
 
     # ---------------------------------------------------------------- adapters by name
 
@@ -330,6 +355,7 @@ class PeftModel(nn.Module):
             return
         own = list(config.modules_to_save or [])
         config.modules_to_save = own + [n for n in self.head_modules if n not in own]
+        config._heads = self.head_modules  # type: ignore[attr-defined]  # a model has one of them
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (and trainable unless `inference_mode`); the others freeze.
@@ -613,13 +639,14 @@ class PeftModel(nn.Module):
         mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         config = kwargs.pop("_config", None)
         options = {k: v for k, v in kwargs.items() if k in (*files.HUB_OPTIONS, "subfolder")}
-        path = files.locate(model_id, **options)
-        values = state.rename(tensors.read(path), key_mapping)
         fresh = adapter_name not in self._names()
-        if fresh:
-            if config is None:
+        path = files.locate(model_id, **options)
+        with files.reading(path.parent):
+            values = state.rename(tensors.read(path), key_mapping)
+            if fresh and config is None:
                 config = PeftConfig.from_pretrained(model_id, **options)
                 config.inference_mode = not is_trainable
+        if fresh:
             self._add_loaded(adapter_name, config, autocast_adapter_dtype)
         config = self.peft_config[adapter_name]
         try:

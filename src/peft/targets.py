@@ -46,6 +46,16 @@ class Names:
                 return None
 
 
+class Endings(Names):
+    """Names as `modules_to_save` reads them: an entry matches whatever path ends with it, within a word too.
+
+    `classifier` means `pre_classifier` as well: adapter files of that kind have always held both.
+    """
+
+    def entry(self, key: str) -> str | None:
+        return next((entry for entry in self.entries if key.endswith(entry)), None)
+
+
 class Regex:
     """A regular expression that must match the whole path."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft import inject
-from peft.auxiliary import AuxiliaryTrainingWrapper
+from peft.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.layer import AdaptedLayer, Parts
 from peft.method import WeightMethod, method_of
 from peft.slots import Vector, container
@@ -47,8 +47,11 @@ def entries(model: nn.Module, adapter: str, prefix: str = "") -> list[Entry]:
         if isinstance(module, AdaptedLayer) and id(module) not in done:
             found += _of_layer(module, adapter, dot)
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter in module.names():
+            rows = {id(p) for p in module.trained(adapter)} if isinstance(module, TrainableTokensWrapper) else set()
             for disk, memory in module.adapter_state_dict_load_map(adapter).items():
-                found.append(Entry(dot + memory, dot + disk))
+                if not rows & done:  # a tied output layer trains the same rows
+                    found.append(Entry(dot + memory, dot + disk))
+            done |= rows
             done |= {
                 id(m)
                 for m in module.modules()

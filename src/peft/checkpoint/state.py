@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -150,6 +151,7 @@ def load_tensors(
     given = _relative(model, found, state_dict)
     placed, rest = keys.from_file(model, found, adapter_name, given)
     placed.update(_take_banks(model, adapter_name, rest, given))
+    rest = [name for name in rest if not _repeats(name, given)]
     extra = {name: p for name, p in inject.bias_parameters(model, config.bias)}  # type: ignore[attr-defined]
     extra = {keys.strip(name): p for name, p in extra.items()}
     current = {**_tensors(model), **{k: v.detach() for k, v in extra.items()}}
@@ -202,6 +204,11 @@ def _is_embedding(name: str, current: Mapping[str, Tensor]) -> bool:
     """Whether a file's tensor is a base embedding that was saved along (`save_embedding_layers`)."""
     plain = name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
     return name in current and (plain in _EMBEDDINGS or "embed" in plain)
+
+
+def _repeats(name: str, given: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds a tensor of `modules_to_save` twice: HF PEFT writes biases so, with bias="all"."""
+    return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in given
 
 
 def _in_memory(name: str, found: list[keys.Entry], adapter: str) -> str:
@@ -311,14 +318,12 @@ def load_peft_weights(
 
 def rename(state_dict: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
     """Names after `{regex: replacement}`; the first pattern that matches a name changes it. The PEFT prefix stays."""
-    from peft import patterns
-
     result = {}
     for name, tensor in state_dict.items():
         prefix = keys.BASE_PREFIX if name.startswith(keys.BASE_PREFIX) else ""
         plain = name[len(prefix) :]
         for pattern, replacement in (key_mapping or {}).items():
-            changed, times = patterns.compiled(pattern, "key_mapping").subn(replacement, plain)
+            changed, times = re.subn(pattern, replacement, plain)
             if times:
                 plain = changed
                 break

@@ -73,4 +73,7 @@ def _add(tensors: list[Tensor], weights: Sequence[float], name: str) -> Tensor:
         if not all(torch.equal(t, first) for t in tensors):
             raise ConfigError(f"{name!r} differs: the adapters change different places and can't be added as they are.")
         return first.clone()
-    return sum((wide(t) * w for t, w in zip(tensors, weights, strict=True)), start=torch.zeros(())).to(first.dtype)
+    total = torch.zeros_like(wide(first))
+    for tensor, w in zip(tensors, weights, strict=True):
+        total.add_(wide(tensor), alpha=w)
+    return total.to(first.dtype)

@@ -95,7 +95,8 @@ def combine(
         reference,
     )
     check_weights(weights)
-    pairs = layers.items() if isinstance(layers, Mapping) else layers
+    pairs: Iterable[tuple[str, Sequence[Term | None]]]
+    pairs = layers.items() if isinstance(layers, Mapping) else layers  # type: ignore[assignment]
     if reference:
         combined = reference_layers({name: present(terms, weights) for name, terms in pairs}, recipe, generator)
     else:

@@ -95,7 +95,7 @@ class Site:
             return None
         kwargs = dict(zip(self.accepts, args, strict=False)) | kwargs
         if opened.virtual:
-            _prepend_tokens(stack, kwargs, opened.rows, self.accepts)
+            _prepend_tokens(stack, kwargs, opened.rows)
         else:
             _prepend_cache(stack, kwargs, opened, self.accepts)
         return (), kwargs
@@ -169,20 +169,22 @@ def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple
         kwargs["attention_mask"] = _masks.widened(mask, rows, view, (batch, queries), device, stack.config)
 
 
-def _prepend_tokens(stack: nn.Module, kwargs: dict, rows: Rows, accepts: tuple[str, ...]) -> None:
+def _prepend_tokens(stack: nn.Module, kwargs: dict, rows: Rows) -> None:
     """Replace the inputs of a call without a past by embeddings that begin with the virtual tokens."""
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         embeds = stack.get_input_embeddings()(kwargs.pop("input_ids"))
     batch, length, _ = embeds.shape
     kwargs["inputs_embeds"] = torch.cat([rows.tokens(batch, embeds), embeds], dim=1)
-    kwargs |= prompt_arguments(rows, batch, length, embeds.device, kwargs, accepts)
+    kwargs |= prompt_arguments(stack, rows, (batch, length), embeds.device, kwargs)
 
 
 def prompt_arguments(
-    rows: Rows, batch: int, length: int, device: torch.device, given: dict, accepts: Any
+    module: nn.Module, rows: Rows, shape: tuple[int, int], device: torch.device, given: dict
 ) -> dict[str, Any]:
     """Mask, positions and token types of a sequence that begins with virtual tokens, as far as they are needed."""
+    batch, length = shape
+    accepts = _geometry.parameters(module)
     made: dict[str, Any] = {}
     mask = given.get("attention_mask")
     if mask is not None and mask.dim() != 2:
@@ -195,13 +197,14 @@ def prompt_arguments(
     if mask is not None:
         made["attention_mask"] = torch.cat([rows.visible(batch, device).to(mask), mask], dim=1)
     positions = given.get("position_ids")
-    if "position_ids" in accepts and (positions is not None or rows.ragged):
+    ragged = rows.ragged and not _geometry.counts_positions_along_mask(module)
+    if "position_ids" in accepts and (positions is not None or ragged):
         if positions is None:
             positions = torch.arange(length, device=device).expand(batch, -1)
         shifts = rows.shifts(batch, device)
         prompt = (torch.arange(rows.length, device=device) - rows.length + shifts).clamp_min(0)
         made["position_ids"] = torch.cat([prompt.expand(*positions.shape[:-1], -1), positions + shifts], dim=-1)
-    elif rows.ragged:
+    elif ragged and _geometry.position_embeddings(module):
         raise UnsupportedError(_RAGGED)
     types = given.get("token_type_ids")
     if types is not None:
@@ -218,13 +221,13 @@ _RAGGED = (
 def _ragged_positions(
     stack: nn.Module, accepts: tuple[str, ...], shifts: Any, queries: int, real: Any
 ) -> dict[str, Tensor]:
-    embeddings = [m for name, m in stack.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
-    if any("attention_mask" in _geometry.parameters(m) for m in embeddings):
-        return {}  # OPT and its kin count positions along the mask
+    """Positions of inputs whose prompts differ in length, for models that would count them from the length of all."""
+    if _geometry.counts_positions_along_mask(stack):
+        return {}
     if "position_ids" in accepts:
         past = 0 if real is None else real.get_seq_length()
         return {"position_ids": torch.arange(queries, device=shifts.device) + past + shifts}
-    if embeddings:
+    if _geometry.position_embeddings(stack):
         raise UnsupportedError(_RAGGED)
     return {}
 

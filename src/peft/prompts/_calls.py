@@ -152,7 +152,7 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
         if kwargs.get(name) is not None and name not in accepts:
             warnings.warn(f"{type(base).__name__} takes no {name}; they are ignored.", PeftWarning, stacklevel=4)
             del kwargs[name]
-    kwargs |= prompt_arguments(rows, batch, length, embeds.device, kwargs, accepts)
+    kwargs |= prompt_arguments(base, rows, (batch, length), embeds.device, kwargs)
     for name in ("start_positions", "end_positions"):
         if kwargs.get(name) is not None:
             kwargs[name] = kwargs[name] + rows.length
@@ -206,7 +206,7 @@ def _encoder_inputs(base: nn.Module, rows: Rows, args: tuple, kwargs: dict) -> d
     batch, length = embeds.shape[:2]
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
-    kwargs |= prompt_arguments(rows, batch, length, embeds.device, kwargs, tuple(_geometry.parameters(base)))
+    kwargs |= prompt_arguments(base, rows, (batch, length), embeds.device, kwargs)
     return kwargs | {"inputs_embeds": torch.cat([rows.tokens(batch, embeds), embeds], dim=1)}
 
 
@@ -225,8 +225,7 @@ def _computed(base: nn.Module, rows: Rows) -> Rows:
         arguments: dict[str, Any] = {"attention_mask": rows.visible(batch, device).long()}
         if rows.ragged:
             empty = torch.zeros(batch, 0, dtype=torch.long, device=device)
-            arguments = prompt_arguments(
-                rows, batch, 0, device, {"attention_mask": empty, "position_ids": empty}, _geometry.parameters(stack)
-            )
+            given = {"attention_mask": empty, "position_ids": empty}
+            arguments = prompt_arguments(stack, rows, (batch, 0), device, given)
         output = stack(inputs_embeds=tokens, past_key_values=DynamicCache(), use_cache=True, **arguments)
     return rows.fixed(layer_tensors(output.past_key_values))

@@ -70,6 +70,16 @@ def is_encoder_decoder(base_model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model, "config", None), "is_encoder_decoder", False))
 
 
+def position_embeddings(module: nn.Module) -> list[nn.Module]:
+    """The learnt tables of absolute positions inside a module."""
+    return [m for name, m in module.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
+
+
+def counts_positions_along_mask(module: nn.Module) -> bool:
+    """Whether positions are derived from the mask of padding (OPT and its kin), so that they need not be given."""
+    return any("attention_mask" in parameters(m) for m in position_embeddings(module))
+
+
 def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """The parameters of a module's forward, in order."""
     return dict(inspect.signature(module.forward).parameters)

@@ -43,8 +43,8 @@ def draw(file: Path, outcomes: dict[str, list[Outcome]], test: list[Message]) ->
     share = outcomes[LORA.name][0].trainable / outcomes[LORA.name][0].total
     seeds = len(outcomes[LORA.name])
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 5.2), width_ratios=(1.15, 1), dpi=160)
-        figure.subplots_adjust(left=0.07, right=0.965, top=0.74, bottom=0.12, wspace=0.36)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 5.2), width_ratios=(1.1, 1), dpi=160)
+        figure.subplots_adjust(left=0.06, right=0.955, top=0.74, bottom=0.12, wspace=0.52)
         title = f"Training {share:.1%} of the parameters: from {head:.0%} to {lora:.0%} of messages right"
         figure.text(0.025, 0.93, title, fontsize=15, fontweight="bold")
         runs = "one run" if seeds == 1 else f"mean of {seeds} runs"
@@ -78,9 +78,11 @@ def _learning_curves(axes: Axes, outcomes: dict[str, list[Outcome]]) -> None:
             annotation_clip=False,
         )
     axes.axhline(0.5, color=FAINT, lw=1, ls=(0, (2, 3)))
-    axes.text(epochs[0], 0.5, "coin toss", va="bottom", ha="left", color=FAINT, fontsize=8.5)
+    axes.text(epochs[-1], 0.5, "coin toss ", va="bottom", ha="right", color=FAINT, fontsize=8.5)
     axes.set_title("Accuracy on the test messages", loc="left", fontsize=10.5, color=INK, pad=12)
     axes.set_xlabel("passes over the 50 messages")
+    axes.set_xticks([0, *epochs])
+    axes.set_xlim(0, epochs[-1])
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(axis="y", color=GRID, lw=0.8)
     axes.spines["left"].set_visible(False)
@@ -99,14 +101,19 @@ def _gain_by_kind(axes: Axes, outcomes: dict[str, list[Outcome]], test: list[Mes
         axes.plot(head[kind], row, "o", color=COLOURS[HEAD_ALONE.name], ms=8, zorder=2)
         axes.plot(lora[kind], row, "o", color=COLOURS[LORA.name], ms=8, zorder=3)
         axes.text(
-            1.03, row, f"{100 * (lora[kind] - head[kind]):+.0f}", color=INK, va="center", ha="right",
+            1.08, row, _points(lora[kind] - head[kind]), color=INK, va="center", ha="right",
             fontweight="bold", transform=axes.get_yaxis_transform(),
         )  # fmt: skip
     counts = {kind: sum(m.kind == kind for m in test) for kind in kinds}
     axes.set_yticks(range(len(kinds)), [f"{kind}  ({counts[kind]})" for kind in kinds])
-    axes.set_title("The same by kind of message, and the gain in points", loc="left", fontsize=10.5, color=INK, pad=12)
+    axes.set_title("By kind of message, and the gain in points", loc="left", fontsize=10.5, color=INK, pad=12)
     axes.set_xlim(min(0.25, *head.values(), *lora.values()) - 0.03, 1.06)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(axis="x", color=GRID, lw=0.8)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
+
+
+def _points(difference: float) -> str:
+    points = round(100 * difference)
+    return f"{points:+d}".replace("-", "\N{MINUS SIGN}") if points else "0"

@@ -84,7 +84,7 @@ class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
         return Magnitude(add, p.lora_magnitude_vector.flatten()) if p.use_dora else add
 
     def identity_at_start(self, config: LoraConfig) -> bool:
-        return config.init_lora_weights not in (False, "orthogonal")
+        return config.init_lora_weights is not False
 
     def initial_scaling(self, p: Parts) -> float:
         return scaling(p.r, p.lora_alpha, p.use_rslora)
