@@ -1,0 +1,256 @@
+"""Virtual tokens before the input: the same as embeddings put there by hand, for every task."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft.errors import ConfigError, UnsupportedError
+from peft.prompts.cpt import CPTConfig, cpt_loss
+from peft.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig
+from peft.prompts.p_tuning import PromptEncoderConfig
+from peft.prompts.prefix_tuning import PrefixTuningConfig
+from peft.prompts.prompt_tuning import PromptTuningConfig
+
+from .kit import CAUSAL, SEQ2SEQ, TOKENS, VOCABULARY, Model, batch, make
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def config(kind=PromptTuningConfig, **changes):
+    return kind(**({"task_type": "CAUSAL_LM", "num_virtual_tokens": TOKENS} | changes))
+
+
+def by_hand(model: Model, inputs: dict) -> dict:
+    """The inputs with the prompt's embeddings concatenated before them."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    embeds = model.base_model.get_input_embeddings()(ids)
+    prompt = model.encoder.rows()[:TOKENS].expand(len(ids), -1, -1)
+    return {
+        "inputs_embeds": torch.cat([prompt, embeds], 1),
+        "attention_mask": torch.cat([torch.ones(len(ids), TOKENS, dtype=torch.long), mask], 1),
+    }
+
+
+def labelled(ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.full((len(ids), TOKENS), -100), ids], 1)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+def test_causal_forward_and_gradient(name, kind):
+    model, inputs = Model(make(name), p=config(kind)), batch()
+    got = model(**inputs, labels=inputs["input_ids"])
+    got.loss.backward()
+    gradient = model.encoder.embedding.weight.grad.clone()
+    model.zero_grad()
+    want = model.base_model(**by_hand(model, inputs), labels=labelled(inputs["input_ids"]))
+    want.loss.backward()
+    torch.testing.assert_close(got.logits, want.logits, **CLOSE)
+    torch.testing.assert_close(got.loss, want.loss, **CLOSE)
+    torch.testing.assert_close(gradient, model.encoder.embedding.weight.grad, **CLOSE)
+
+
+HOW = [{}, {"use_cache": False}, {"num_beams": 2}, {"do_sample": True}, {"cache_implementation": "static"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, {}) for name in CAUSAL] + [(name, how) for name in ("llama", "gpt2", "bloom") for how in HOW[1:]],
+    ids=str,
+)
+def test_causal_generate(name, how):
+    model, inputs = Model(make(name), p=config()), batch()
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **how}
+    by_hand_how = how | {"use_cache": True}
+    torch.manual_seed(0)
+    want = model.base_model.generate(**by_hand(model, inputs), **by_hand_how)
+    torch.manual_seed(0)
+    got = model.generate(**inputs, **how)
+    assert torch.equal(got[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    assert torch.equal(got[:, inputs["input_ids"].shape[1] :], want)
+
+
+def test_padding_does_not_change_what_is_generated():
+    model = Model(make("llama"), p=config())
+    ids = torch.tensor([[7, 8, 9]])
+    alone = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    padded = {"input_ids": torch.tensor([[0, 0, 7, 8, 9]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    assert torch.equal(model.generate(**padded, max_new_tokens=4, do_sample=False)[:, 2:], alone)
+
+
+def test_generate_in_training_with_checkpointing():
+    model, inputs = Model(make("llama"), p=config()), batch()
+    want = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    model.base_model.gradient_checkpointing_enable()
+    model.train()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), want)
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_seq2seq(name):
+    model, inputs = Model(make(name), p=config(task_type="SEQ_2_SEQ_LM")), batch()
+    assert model.encoder.embedding.weight.shape[0] == 2 * TOKENS
+    targets = batch(length=4, padded=None)["input_ids"]
+    want = model.base_model(**by_hand(model, inputs), labels=targets)
+    got = model(**inputs, labels=targets)
+    torch.testing.assert_close(got.logits, want.logits, **CLOSE)
+    torch.testing.assert_close(got.loss, want.loss, **CLOSE)
+    for how in ({}, {"num_beams": 2}, {"use_cache": False}):
+        written = model.base_model.generate(**by_hand(model, inputs), max_new_tokens=4, do_sample=False, **how)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False, **how), written)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
+def test_token_classification_and_segments(name):
+    model, inputs = Model(make(name, "ForTokenClassification"), p=config(task_type="TOKEN_CLS")), batch(padded="right")
+    labels = inputs["input_ids"] % 2
+    segments = torch.zeros_like(labels)
+    if name != "roberta":
+        segments[:, 3:] = 1
+    got = model(**inputs, labels=labels, token_type_ids=segments)
+    types = torch.cat([torch.zeros(2, TOKENS, dtype=torch.long), segments], 1)
+    want = model.base_model(**by_hand(model, inputs), labels=labelled(labels), token_type_ids=types)
+    torch.testing.assert_close(got.logits, want.logits, **CLOSE)
+    torch.testing.assert_close(got.loss, want.loss, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta"])
+def test_question_answering_moves_the_span(name):
+    model, inputs = Model(make(name, "ForQuestionAnswering"), p=config(task_type="QUESTION_ANS")), batch(padded=None)
+    start, end = torch.tensor([0, 2]), torch.tensor([1, 5])
+    got = model(**inputs, start_positions=start, end_positions=end)
+    want = torch.nn.functional.cross_entropy(got.start_logits[:, TOKENS:], start)
+    assert got.start_logits.shape == (2, TOKENS + 6)
+    plain = model.base_model(**by_hand(model, inputs), start_positions=start + TOKENS, end_positions=end + TOKENS)
+    torch.testing.assert_close(got.loss, plain.loss, **CLOSE)
+    assert want > 0
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
+def test_sequence_classification_and_features(name):
+    inputs = batch(padded="right")
+    model = Model(make(name, "ForSequenceClassification"), p=config(task_type="SEQ_CLS"))
+    got, want = model(**inputs, labels=torch.tensor([0, 1])), model.base_model(**by_hand(model, inputs))
+    torch.testing.assert_close(got.logits, want.logits, **CLOSE)
+    features = Model(make(name), p=config(task_type="FEATURE_EXTRACTION"))
+    want = features.base_model(**by_hand(features, inputs)).last_hidden_state
+    torch.testing.assert_close(features(**inputs).last_hidden_state, want, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
+def test_causal_classifiers_find_the_last_token(name):
+    extra = {"pad_token_id": 0}
+    model = Model(make(name, "ForSequenceClassification", **extra), p=config(task_type="SEQ_CLS"))
+    short = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    padded = {"input_ids": torch.tensor([[7, 8, 9, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+    want = model.base_model(**by_hand(model, short)).logits
+    torch.testing.assert_close(model(**short).logits, want, **CLOSE)
+    torch.testing.assert_close(model(**padded).logits, want, **CLOSE)
+    model(**padded, labels=torch.tensor([1])).loss.backward()
+    assert model.encoder.embedding.weight.grad.abs().sum() > 0
+
+
+def test_positions_of_the_caller_move_along():
+    model, inputs = Model(make("gpt2"), p=config()), batch(padded=None)
+    positions = torch.tensor([[4, 5, 6, 7, 8, 9]]).expand(2, -1)
+    whole = torch.cat([torch.arange(TOKENS).expand(2, -1), positions + TOKENS], 1)
+    want = model.base_model(**by_hand(model, inputs), position_ids=whole).logits
+    torch.testing.assert_close(model(**inputs, position_ids=positions).logits, want, **CLOSE)
+    with pytest.warns(UserWarning, match="takes no token_type_ids"):
+        Model(make("llama"), p=config())(**inputs, token_type_ids=torch.zeros(2, 6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_each_sample_may_have_its_own_prompt(name):
+    model = Model(make(name), a=config(), b=config(num_virtual_tokens=5))
+    inputs, names = batch(rows=3), ["b", "__base__", "a"]
+    together = model(**inputs, adapter_names=names).logits
+    written = model.generate(**inputs, adapter_names=names, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert together.shape[1] == 5 + 6
+    for i, adapter in enumerate(names):
+        row = {key: value[i : i + 1] for key, value in inputs.items()}
+        real = row["attention_mask"][0].bool()
+        alone = model(**row, adapter_names=[adapter]).logits[0, -6:]
+        torch.testing.assert_close(together[i, -6:][real], alone[real], **CLOSE)
+        lone = model.generate(**row, adapter_names=[adapter], max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert torch.equal(written[i, : lone.shape[1]], lone[0])
+
+
+def test_kinds_do_not_mix_in_one_batch():
+    model = Model(make("llama"), a=config(), b=config(PrefixTuningConfig))
+    with pytest.raises(UnsupportedError, match="two calls"):
+        model(**batch(), adapter_names=["a", "b"])
+
+
+def test_multitask_prompts_are_the_shared_prompt_times_the_task():
+    model = Model(make("llama"), p=config(MultitaskPromptTuningConfig, num_tasks=3, num_ranks=2))
+    encoder, inputs = model.encoder, batch()
+    tasks = torch.tensor([2, 0])
+    prompts = [encoder.embedding.weight * (encoder.prefix_task_cols[t] @ encoder.prefix_task_rows[t]) for t in tasks]
+    hand = by_hand(model, inputs)
+    hand["inputs_embeds"] = torch.cat([torch.stack(prompts), hand["inputs_embeds"][:, TOKENS:]], 1)
+    torch.testing.assert_close(model(**inputs, task_ids=tasks).logits, model.base_model(**hand).logits, **CLOSE)
+    how = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    assert torch.equal(model.generate(**inputs, task_ids=tasks, **how)[:, 6:], model.base_model.generate(**hand, **how))
+    with pytest.raises(ConfigError, match="task_ids"):
+        model(**inputs)
+
+
+CPT = {
+    "task_type": "CAUSAL_LM",
+    "cpt_token_ids": [5, 6, 7, 8, 9],
+    "cpt_tokens_type_mask": [1, 2, 3, 4, 4],
+}
+
+
+def test_cpt_starts_at_the_examples_and_stays_near():
+    model = Model(make("llama"), p=CPTConfig(**CPT))
+    words = model.base_model.get_input_embeddings().weight[torch.tensor(CPT["cpt_token_ids"])]
+    torch.testing.assert_close(model.encoder.rows(), words)
+    with torch.no_grad():
+        model.encoder.delta_embedding.weight.normal_()
+    moved = (model.encoder.rows() - words).norm(dim=1)
+    radius = 0.1 * (32 / 2048) ** 0.5
+    torch.testing.assert_close(moved, torch.tensor([radius, radius, radius, 0.0, 0.0]), atol=1e-6, rtol=1e-4)
+    model.train()
+    inputs, types = batch(padded=None), torch.tensor([[1, 2, 2, 3, 4, 4]]).expand(2, -1)
+    model(**inputs, labels=inputs["input_ids"], input_type_mask=types).loss.backward()
+    assert (model.encoder.delta_embedding.weight.grad[:3].abs().sum(1) > 0).all()
+    assert (model.encoder.delta_embedding.weight.grad[3:] == 0).all()
+    assert (model.encoder.delta_embedding.weight[:3].norm(dim=1) <= radius * 1.001).all(), "the step itself is projected"
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_cpt_loss_counts_every_label_and_weighs_old_examples_down(decay):
+    config = CPTConfig(**CPT, opt_weighted_loss_type="decay", opt_loss_decay_factor=decay)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 5 + 6, VOCABULARY, generator=generator)
+    labels, types = torch.tensor([[3, 4, 5, 6, 7, 8]]), torch.tensor([[0, 1, 2, 4, 4, 4]])
+    whole = torch.cat([torch.tensor([CPT["cpt_token_ids"]]), labels], 1)
+    each = torch.nn.functional.cross_entropy(logits[0, :-1], whole[0, 1:], reduction="none")
+    want = (decay * each[[2, 3]].sum() + each[[7, 8, 9]].sum()) / 5
+    torch.testing.assert_close(cpt_loss(config, logits, labels, types), want)
+
+
+def test_virtual_tokens_do_not_survive_their_call():
+    untouched, base = make("llama"), make("llama")
+    model, inputs = Model(base, p=config()), batch()
+    model(**inputs)
+    model.generate(**inputs, max_new_tokens=2)
+    assert torch.equal(base(**inputs).logits, untouched(**inputs).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model, inputs = Model(make("llama"), p=config(PromptEncoderConfig)), batch()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.base_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.train()
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.prompt_encoder.named_parameters()})
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(grads[1][name], gradient, **CLOSE)
