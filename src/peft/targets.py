@@ -240,19 +240,14 @@ def _find_parameters(config: TargetedConfig, model: nn.Module, matches: Matches)
     if not config.target_parameters:
         return
     names = Names(config.target_parameters)
-    used: dict[str, str] = {}
-    order = {entry: position for position, entry in enumerate(config.target_parameters)}
-    found: list[tuple[int, str, str]] = []
+    # Several parameters of one module nest in the order in which the module defines them, whatever the config's.
     for key, module in _adaptable(model):
         for name, tensor in _own_parameters(module):
             path = f"{key}.{name}" if key else name
             entry = names.entry(path)
             if entry is not None and isinstance(tensor, Tensor):
-                found.append((order[entry], path, entry))
-                used[entry] = path
-    # Several parameters of one module nest in the order in which they are listed.
-    matches.parameters = {path: entry for _, path, entry in sorted(found, key=lambda item: item[0])}
-    matches.unmatched["target_parameters"] = sorted(set(config.target_parameters) - set(used))
+                matches.parameters[path] = entry
+    matches.unmatched["target_parameters"] = sorted(set(config.target_parameters) - set(matches.parameters.values()))
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

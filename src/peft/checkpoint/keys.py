@@ -185,18 +185,36 @@ def from_file(
     return result, list(remaining)
 
 
-def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor where the parameter or buffer `name` of a module is; what lay on the meta device becomes real."""
+def assign(module: nn.Module, name: str, tensor: Tensor, replaced: list[tuple[Tensor, Tensor]]) -> None:
+    """Put a tensor where the parameter or buffer `name` of a module is; what lay on the meta device becomes real.
+
+    Args:
+        module: The model.
+        name: As in its state dict.
+        tensor: On the right device already.
+        replaced: Collects what became real, as (old, new), for `share`.
+    """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     held = owner._parameters if leaf in owner._parameters else owner._buffers
     old = held[leaf]
     assert old is not None
     if old.device.type == "meta":
-        held[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        held[leaf] = new
+        replaced.append((old, new))
     else:
         with torch.no_grad():
             old.copy_(tensor)
+
+
+def share(module: nn.Module, replaced: list[tuple[Tensor, Tensor]]) -> None:
+    """Let layers that hold the same parameter (tied ones) hold the new one that took its place."""
+    new = {id(old): fresh for old, fresh in replaced}
+    for owner in module.modules() if new else ():
+        for key, parameter in owner._parameters.items():
+            if id(parameter) in new:
+                owner._parameters[key] = new[id(parameter)]  # type: ignore[assignment]
 
 
 __all__ = [
@@ -208,6 +226,7 @@ __all__ = [
     "entries",
     "from_file",
     "modules_of",
+    "share",
     "strip",
     "to_file",
 ]

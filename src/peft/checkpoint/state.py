@@ -167,10 +167,12 @@ def load_tensors(
     report.raise_if_bad(strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
     wrong = {m.name for m in report.mismatched}
     real = {e.memory: e for e in found}
+    replaced: list[tuple[Tensor, Tensor]] = []
     for name, tensor in placed.items():
         if name in wrong:
             continue
-        _assign(model, name, tensor, current.get(name), real.get(name), device)
+        _assign(model, name, tensor, current.get(name), real.get(name), device, replaced)
+    keys.share(model, replaced)
     _fill_missing(model, config, adapter_name, [n for n in (*report.missing_keys, *wrong) if n in real], real, placed)
     return report
 
@@ -207,8 +209,9 @@ def _is_embedding(name: str, current: Mapping[str, Tensor]) -> bool:
 
 
 def _repeats(name: str, given: Mapping[str, Tensor]) -> bool:
-    """Whether a file holds a tensor of `modules_to_save` twice: HF PEFT writes biases so, with bias="all"."""
-    return ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in given
+    """Whether a file holds a tensor of `modules_to_save` under a second name: HF PEFT writes biases so, with bias="all"."""
+    plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return plain != name and plain in given
 
 
 def _in_memory(name: str, found: list[keys.Entry], adapter: str) -> str:
@@ -222,7 +225,13 @@ def _in_memory(name: str, found: list[keys.Entry], adapter: str) -> str:
 
 
 def _assign(
-    model: nn.Module, name: str, tensor: Tensor, old: Tensor | None, entry: keys.Entry | None, device: Any
+    model: nn.Module,
+    name: str,
+    tensor: Tensor,
+    old: Tensor | None,
+    entry: keys.Entry | None,
+    device: Any,
+    replaced: list[tuple[Tensor, Tensor]],
 ) -> None:
     if old is None:
         return
@@ -237,7 +246,7 @@ def _assign(
     value = tensor.to(device=place, dtype=old.dtype)
     # A file's tensor may be mapped from disk; an adapter owns its memory, since the file may be replaced.
     owned = value.clone() if value.data_ptr() == tensor.data_ptr() and old.device.type == "meta" else value
-    keys.assign(_unwrapped(model), name, owned)
+    keys.assign(_unwrapped(model), name, owned, replaced)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
