@@ -70,7 +70,7 @@ def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | No
             targets.demand(config, model, matches)
         elif config.target_modules or config.target_parameters:
             targets.demand(config, model, matches)
-    found = [Target(key, modules[key]) for key in matches.modules]
+    found = [Target(key, modules[key], _sole_matrix(modules[key])) for key in matches.modules]
     for path in matches.parameters:
         key, _, name = path.rpartition(".")
         if not key:
@@ -85,6 +85,15 @@ def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | No
         missed = spec.entries - {spec.entry(key) for key in whole}
         matches.unmatched["modules_to_save"] = sorted(missed)
     return Plan(found, whole, _tokens(model, config, modules), matches)
+
+
+def _sole_matrix(module: nn.Module) -> str | None:
+    """For a layer of a type of its own that is named as a target (a router, say): its matrix, if it has just one."""
+    inner = _inner(module)
+    if host_class(inner) is not None:
+        return None
+    names = [n for n, p in inner._parameters.items() if p is not None and p.dim() == 2 and p.is_floating_point()]
+    return names[0] if len(names) == 1 and not list(inner.children()) else None
 
 
 def _tokens(model: nn.Module, config: TargetedConfig, modules: Mapping[str, nn.Module]) -> dict[str, list[int]]:

@@ -213,6 +213,8 @@ def find(config: TargetedConfig, model: nn.Module) -> Matches:
         used.add(entry)
         if whole is None or not _inside(whole, key):
             matches.modules[key] = ALL_LINEAR if everything is not None else entry
+    if everything is not None:
+        matches.parameters = dict.fromkeys(_expert_stacks(model, exclude), ALL_LINEAR)
     _find_parameters(config, model, matches)
     if targets and everything is None:
         matches.unmatched["target_modules"] = sorted(targets.entries - used)
@@ -234,6 +236,19 @@ def _inside(whole: Names | Regex, key: str) -> bool:
     """Whether a module, or one that holds it, is trained whole."""
     parts = key.split(".")
     return any(whole.entry(".".join(parts[: n + 1])) is not None for n in range(len(parts)))
+
+
+def _expert_stacks(model: nn.Module, exclude: Names | Regex | None) -> list[str]:
+    """Paths of 3-D parameters: stacks of linear layers, one per expert. Routers are 2-D and stay as they are."""
+    return [
+        path
+        for key, module in _adaptable(model)
+        for name, tensor in _own_parameters(module)
+        for path in (f"{key}.{name}" if key else name,)
+        if tensor.dim() == 3 and tensor.is_floating_point() and key
+        if host_class(module.get_base_layer() if isinstance(module, AdaptedLayer) else module) is None
+        if exclude is None or not (exclude.entry(key) or exclude.entry(path))
+    ]
 
 
 def _find_parameters(config: TargetedConfig, model: nn.Module, matches: Matches) -> None:
