@@ -208,6 +208,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return ParameterHost(self.base_layer, self.parameter_name)
         return self.host_cls(self.base_layer)
 
+    @property
+    def frozen(self) -> Host:
+        """The base layer as it is without merged adapters; what methods see."""
+        host = self.host
+        if not self.merged_adapters:
+            return host
+        twin = lend(host.module, **self._parameters_as_they_were(host))
+        twin.__dict__.update(self._originals["attributes"])
+        return ParameterHost(twin, self.parameter_name) if self._is_parameter else self.host_cls(twin)
+
     def get_base_layer(self) -> nn.Module:
         """The innermost layer, under nested adapted layers."""
         layer: nn.Module = self
@@ -287,7 +297,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         site = site or Site(key="")
         if name in self.merged_adapters:
             raise StateError(f"Adapter {name!r} is merged into {site.key!r}; unmerge it before you replace it.")
-        method, host = method_of(config), self.host
+        method, host = method_of(config), self.frozen
         try:
             settings = method.resolve(config, host, site)
             sizes = Sizes(settings)
@@ -496,7 +506,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def updates(self, names: Iterable[str], running: bool = False) -> list[Update]:
         """The updates that these adapters are, with their dropout if they are `running`."""
-        host = self.host
+        host = self.frozen
         return [method_of(self._adapters[n]).update(Parts(self, n, running=running), host) for n in names]
 
     def _split(self, names: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
@@ -511,15 +521,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _frozen(self, host: Host) -> tuple[Tensor, Tensor | None]:
         """W and b of the base layer without merged adapters."""
-        if not self.merged_adapters:
-            return host.weight(), host.bias()
-        twin = lend(host.module, **self._parameters_as_they_were(host))
-        for attribute, value in self._originals.get("attributes", {}).items():
-            object.__setattr__(twin, attribute, value) if attribute not in twin.__dict__ else twin.__dict__.update(
-                {attribute: value}
-            )
-        original = ParameterHost(twin, self.parameter_name) if self._is_parameter else self.host_cls(twin)
-        return original.weight(), original.bias()
+        frozen = self.frozen if self.merged_adapters else host
+        return frozen.weight(), frozen.bias()
 
     def _parameters_as_they_were(self, host: Host) -> dict[str, Tensor | None]:
         device = host.device
@@ -606,9 +609,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(each):
             index = torch.tensor([i for i, n in enumerate(each) if n == name], device=x.device)
             pick = partial(_take, index=index, dim=dim, size=size)
-            names = () if name == routing.BASE or name not in self._adapters else (name,)
+            chosen = routing.use(None if name == routing.BASE else name)
             picked = {key: pick(value) for key, value in kwargs.items()}
-            result.append((index, self._forward(names, pick(x), tuple(map(pick, args)), picked)))
+            with routing.route(chosen):  # for adapted layers inside the base layer
+                result.append((index, self._forward(self._stack(chosen), pick(x), tuple(map(pick, args)), picked)))
         return _join(result, dim, size)
 
     # merge
