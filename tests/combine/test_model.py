@@ -156,7 +156,9 @@ def test_every_type_on_every_host_runs_saves_and_loads(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["svd", "cat", "magnitude_prune", "ties"])
 def test_files_and_models_agree(tmp_path, kind):
-    model = zoo("plain", "patterns")
+    deep = {"rank_pattern": {"moe.stack": 3, "attn.out_proj": 2}, "alpha_pattern": {"out_proj": 5, "stack": 9}}
+    deep["allow_unmatched"] = True
+    model = zoo("plain", "patterns", configs={**CONFIGS, "plain": {**CONFIGS["plain"], **deep}})
     model.save_pretrained(tmp_path)
     options = {} if kind in SUMS else {"density": 0.5}
     model.add_weighted_adapter(["plain", "patterns"], [1.0, -0.5], "new", kind, **options)

@@ -58,7 +58,7 @@ def write_lora(layer: AdaptedLayer, adapter: str, factors: Factors, bias: Tensor
 
 
 def _weight(leaf: nn.Module | Tensor) -> Tensor:
-    return leaf.weight if isinstance(leaf, nn.Module) else leaf
+    return leaf.weight if isinstance(leaf, nn.Module) else leaf  # type: ignore[return-value]
 
 
 def _fill(parameter: Tensor, values: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peft import patterns
 from peft.checkpoint import files, tensors
 from peft.checkpoint.header import read as read_header
 from peft.checkpoint.keys import BASE_PREFIX
@@ -37,8 +38,8 @@ def combine_files(
         paths: Folders of adapters (or repositories on the hub), for one base model.
         weights: One per adapter, of any sign.
         out_dir: Where the new adapter goes; it is replaced whole or not at all, and may be one of `paths`.
-        combination_type: See `peft.combine.weighted`. For methods other than LoRA only 'linear' and 'svd', which add
-            the tensors of methods that are linear in them.
+        combination_type: See `peft.combine.weighted`. Methods other than LoRA have only 'svd' and 'linear':
+            both add the adapters' tensors, where the method is linear in them.
         **options: Keywords of `peft.combine.weighted.combine`: `svd_rank`, `density`, `reference`, `generator`, ….
 
     Returns:
@@ -105,14 +106,16 @@ def _combine_lora(
     for module, layer in combined.items():
         embedding = any("lora_embedding_A" in layers.get(module, ()) for layers in adapters)
         state |= {f"{BASE_PREFIX}{module}.{slot}": t for slot, t in _unpack(layer, layouts[module], embedding).items()}
-    ranks = {module: layouts[module].rank_of(layer.factors) for module, layer in combined.items()}
+    keys = {module: _key(module, configs) for module in modules}
+    ranks = {keys[module]: layouts[module].rank_of(layer.factors) for module, layer in combined.items()}
+    targets = [k for m, k in keys.items() if not layouts[m].experts and k.rpartition(".")[0] not in keys.values()]
     lora_bias = any(layer.bias is not None for layer in combined.values())
     if lora_bias:
         lora.check_bias(m for m in modules if f"{BASE_PREFIX}{m}.lora_embedding_A" in state or layouts[m].experts)
         for module, layer in combined.items():
             if layer.bias is None:
                 state[f"{BASE_PREFIX}{module}.lora_B.bias"] = layer.factors.B.new_zeros(layer.factors.shape[1])
-    return lora.result_config(configs, ranks, lora_bias), state, report
+    return lora.result_config(configs, ranks, lora_bias, targets), state, report
 
 
 def _layers(name: str, state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, dict[str, Tensor]]:
@@ -131,20 +134,29 @@ def _layers(name: str, state: Mapping[str, Tensor], config: LoraConfig) -> dict[
     return layers
 
 
+def _key(module: str, configs: Sequence[LoraConfig]) -> str:
+    """The name by which patterns know a module of a file: without wrappers, with the parameter if one is adapted."""
+    key = ".".join(part for part in module.split(".") if part != "base_layer")
+    parameters = {p for config in configs for p in config.target_parameters or ()}
+    mine = {p.rpartition(".")[2] for p in parameters if f".{key}".endswith("." + p.rpartition(".")[0])}
+    return f"{key}.{mine.pop()}" if len(mine) == 1 else key
+
+
 def _term(module: str, layer: _LAYER, config: LoraConfig, layouts: dict[str, Layout]) -> Term:
     kind = "lora_embedding_{}" if "lora_embedding_A" in layer else "lora_{}.weight"
     missing = [slot for slot in (kind.format("A"), kind.format("B")) if slot not in layer]
     if missing:
         raise ConfigError(f"The file has {module}.{', '.join(layer)} but no {missing[0]}; it is not whole.")
     A, B = layer[kind.format("A")], layer[kind.format("B")]
+    key = _key(module, [config])
     # only a stack of experts has more rows in A than its rank; the config has to say the rank for it to be seen
-    rank = lora.pattern_value(config.rank_pattern, module, config.r) if config.target_parameters else None
+    rank = patterns.lookup(config.rank_pattern, key, config.r) if config.target_parameters else None
     layout = Layout.of(A, B, rank)
     known = layouts.setdefault(module, layout)
     if known != layout:
         raise ConfigError(f"{module!r} is laid out in different ways, as {known} and as {layout}; the bases differ.")
     factors = layout.pack(A, B)
-    return Term(factors, lora.scaling(config, module, layout.rank_of(factors)), layer.get("lora_B.bias"))
+    return Term(factors, lora.scaling(config, key, layout.rank_of(factors)), layer.get("lora_B.bias"))
 
 
 def _unpack(layer: CombinedLayer, layout: Layout, embedding: bool) -> dict[str, Tensor]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from peft import patterns
 from peft.errors import ConfigError, UnsupportedError
+from peft.methods import lora as method
 from peft.methods.lora.config import LoraConfig
 from peft.methods.lora.inits import CHANGES_BASE
-from peft.patterns import fullmatch
 
 _REFUSED = {
     "arrow_config": "an Arrow adapter routes among others by the token, so it is no one change of the weight",
@@ -65,18 +65,9 @@ def check_base_unchanged(configs: Mapping[str, LoraConfig]) -> None:
             )
 
 
-def pattern_value(table: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    """The entry of a `rank_pattern` or `alpha_pattern` for a module; the first that matches wins."""
-    for pattern, value in (table or {}).items():
-        if fullmatch(rf"(.*\.)?({pattern})", key):
-            return value
-    return default
-
-
 def scaling(config: LoraConfig, key: str, rank: int) -> float:
     """alpha / rank, or alpha / √rank (rsLoRA), with the alpha that the config gives the module."""
-    alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return method.scaling(rank, patterns.lookup(config.alpha_pattern, key, config.lora_alpha), config.use_rslora)
 
 
 def result_config(

@@ -156,6 +156,7 @@ def _add_linear(
 
 def _create(tuner: BaseTuner, name: str, config: Any) -> None:
     """Add the adapter without changing what is active and what trains."""
+    config.allow_unmatched = True  # its lists are a union, of which each adapter used a part
     before = {p: p.requires_grad for p in tuner.parameters()}
     tuner.peft_config[name] = config
     try:
