@@ -66,6 +66,7 @@ def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | No
     else:
         targets.complete(config, model)
         matches = targets.find(config, model)
+        targets.spell_out(config, model, matches)
         if not config.trainable_token_indices and not config.modules_to_save:
             targets.demand(config, model, matches)
         elif config.target_modules or config.target_parameters:

@@ -184,6 +184,40 @@ def linear_modules(model: nn.Module) -> list[str]:
     return found
 
 
+def spell_out(config: TargetedConfig, model: nn.Module, matches: Matches) -> None:
+    """Replace 'all-linear' in a config by the names that it stood for, so that a file says the same to everyone."""
+    if config.target_modules != ALL_LINEAR:
+        return
+    modules = [key for key, _ in _adaptable(model) if key]
+    config.target_modules = condense(matches.modules, modules)
+    if matches.parameters:
+        every = [f"{key}.{name}" for key, module in _adaptable(model) if key for name, _ in _own_parameters(module)]
+        names = condense(matches.parameters, every)
+        order = [next(n for n in names if path == n or path.endswith(f".{n}")) for path in matches.parameters]
+        config.target_parameters = list(dict.fromkeys(order))
+
+
+def condense(keys: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The shortest entries that match `keys` and nothing else among `names`.
+
+    >>> sorted(condense(["a.0.q", "a.1.q", "b.out"], ["a.0.q", "a.1.q", "b.out", "c.out"]))
+    ['b.out', 'q']
+    """
+    wanted = set(keys)
+    shared: dict[str, bool] = {}
+    for name in names:
+        parts = name.split(".")
+        for n in range(1, len(parts) + 1):
+            suffix = ".".join(parts[-n:])
+            shared[suffix] = shared.get(suffix, True) and name in wanted
+    found = set()
+    for key in wanted:
+        parts = key.split(".")
+        suffixes = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        found.add(next((suffix for suffix in suffixes if shared.get(suffix)), key))
+    return found
+
+
 def find(config: TargetedConfig, model: nn.Module) -> Matches:
     """Match the config against the model, once. Nothing is raised for entries that match nothing: see `demand`."""
     matches = Matches()
