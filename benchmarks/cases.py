@@ -1,0 +1,406 @@
+"""The cases, by group. They use the common API only, so either library can run them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.job import Case, Job
+
+TOKENS, WIDTH = 1024, 1024
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA r16": ("LoraConfig", {"r": 16}),
+    "DoRA r16": ("LoraConfig", {"r": 16, "use_dora": True}),
+    "LoHa r8": ("LoHaConfig", {"r": 8}),
+    "LoKr r8": ("LoKrConfig", {"r": 8}),
+    "LoKr r16 f4": ("LoKrConfig", {"r": 16, "decompose_factor": 4}),
+    "HRA r8": ("HRAConfig", {"r": 8}),
+    "FourierFT n1000": ("FourierFTConfig", {"n_frequency": 1000}),
+    "C3A b128": ("C3AConfig", {"block_size": 128}),
+    "BOFT b4": ("BOFTConfig", {"boft_block_size": 4}),
+    "OFT b32": ("OFTConfig", {"oft_block_size": 32}),
+    "VeRA r256": ("VeraConfig", {"r": 256}),
+    "IA3": ("IA3Config", {"feedforward_modules": []}),
+    "AdaLoRA": ("AdaLoraConfig", {"init_r": 16, "target_r": 8, "total_step": 1000}),
+    "MiSS r64": ("MissConfig", {"r": 64}),
+    "RandLoRA r32": ("RandLoraConfig", {"r": 32}),
+    "WaveFT n1000": ("WaveFTConfig", {"n_frequency": 1000}),
+    "SHiRA r16": ("ShiraConfig", {"r": 16}),
+    "RoAd": ("RoadConfig", {}),
+    "GraLoRA r32": ("GraloraConfig", {"r": 32}),
+    "DeLoRA r16": ("DeloraConfig", {"r": 16}),
+    "HiRA r16": ("HiraConfig", {"r": 16}),
+}
+DROPOUT = {"LoRA r16": "lora_dropout", "DoRA r16": "lora_dropout"}
+
+
+class Single(nn.Module):
+    """One linear layer."""
+
+    def __init__(self, inner: int, out: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lin = nn.Linear(inner, out, bias=False, dtype=dtype)
+        self.lin.requires_grad_(False)
+
+
+class Block(nn.Module):
+    """The seven projections of a transformer block, without the rest of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in PROJECTIONS:
+            self.add_module(name, nn.Linear(width, width, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in PROJECTIONS:
+            x = getattr(self, name)(x)
+        return x
+
+
+def stack(blocks: int, width: int) -> nn.Sequential:
+    """A model of 7 * blocks linear layers."""
+    return nn.Sequential(*(Block(width) for _ in range(blocks)))
+
+
+def llama(layers: int, hidden: int, inner: int, vocab: int, dtype: torch.dtype, **changes: Any) -> nn.Module:
+    """A Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        vocab_size=vocab,
+        **{"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, **changes},
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return LlamaForCausalLM(config).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def config(method: str, **more: Any) -> Any:
+    """The config of a method."""
+    import peft
+
+    name, options = METHODS[method]
+    return getattr(peft, name)(**{**options, **more})
+
+
+# one layer
+
+
+def layer(side: str, method: str, dtype: str, dropout: float, inner: int = WIDTH, out: int = WIDTH) -> Job:
+    """Forward and backward of one adapted layer, input gradient included."""
+    import peft
+
+    model = Single(inner, out, DTYPES[dtype])
+    frozen = list(model.parameters())
+    module: nn.Module = model.lin
+    if side != "floor":
+        options = {DROPOUT[method]: dropout} if dropout else {}
+        model = peft.get_peft_model(model, config(method, target_modules=["lin"], **options))
+        module = model.get_base_model().lin
+        model.train()
+    x = torch.randn(TOKENS, inner, dtype=DTYPES[dtype], requires_grad=True)
+    grad = torch.randn(TOKENS, out, dtype=DTYPES[dtype])
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def step(_: Any) -> None:
+        x.grad = None
+        for p in parameters:
+            p.grad = None
+        module(x).backward(grad)
+
+    weights = [*frozen, *parameters, *(b for b in model.buffers())]
+    return Job(step, repeats=2, forward=lambda: module(x), frozen=weights)
+
+
+# one model
+
+
+def training_step(side: str, method: str, dtype: str, checkpointing: bool) -> Job:
+    """Forward, backward and AdamW on a small Llama, all linear layers adapted. The floor: the frozen model's forward and
+    backward."""
+    import peft
+
+    model = llama(4, 512, 1408, 4096, DTYPES[dtype])
+    frozen = list(model.parameters())
+    optimizer = None
+    if side != "floor":
+        model = peft.get_peft_model(model, config(method, target_modules="all-linear"))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    inner = model if side == "floor" else model.get_base_model()
+    if checkpointing:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    ids = torch.randint(0, 4096, (4, 256))
+    embedded = inner.get_input_embeddings()(ids).detach().requires_grad_(True)
+
+    def loss() -> torch.Tensor:
+        return model(inputs_embeds=embedded, labels=ids).loss
+
+    def step(_: Any) -> None:
+        embedded.grad = None
+        if optimizer is not None:
+            optimizer.zero_grad()
+        loss().backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return Job(step, forward=loss, frozen=[*frozen, *model.parameters(), *model.buffers()])
+
+
+def inference(side: str, method: str, tokens: int) -> Job:
+    """Forward of a small Llama, unmerged."""
+    import peft
+
+    model = llama(4, 512, 1408, 4096, torch.bfloat16)
+    if side != "floor":
+        model = peft.get_peft_model(model, config(method, target_modules="all-linear", inference_mode=True))
+    model.eval()
+    ids = torch.randint(0, 4096, (1, tokens))
+
+    def run(_: Any) -> None:
+        with torch.no_grad():
+            model(input_ids=ids)
+
+    return Job(run, repeats=3)
+
+
+# start and switch
+
+
+def imports(side: str, what: str) -> Job:
+    """Importing in a fresh process, after torch."""
+    code = f"import time, torch; t = time.perf_counter(); {what}; print(time.perf_counter() - t)"
+    job = Job(lambda _: None)
+
+    def sample(_: Any) -> float:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+        return float(done.stdout.split()[-1])
+
+    job.sample = sample  # type: ignore[method-assign]
+    return job
+
+
+def inject_llama_70b(side: str) -> Job:
+    """LoRA on all 560 linear layers of a model of the shape of Llama 70B, on the meta device."""
+    import peft
+
+    with torch.device("meta"):
+        model = llama(80, 8192, 28672, 32000, torch.bfloat16, num_key_value_heads=8)
+
+    def run(_: Any) -> None:
+        peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=PROJECTIONS), low_cpu_mem_usage=True).unload()
+
+    # `unload` is part of the run, so that one model serves all samples: building it takes longer than adapting it.
+    return Job(run)
+
+
+def inject(side: str, blocks: int, width: int) -> Job:
+    """LoRA on 7 * blocks layers of a real model."""
+    import peft
+
+    model = stack(blocks, width)
+    return Job(
+        lambda m: peft.get_peft_model(m, peft.LoraConfig(r=4, target_modules=PROJECTIONS)),
+        prepare=partial(copy.deepcopy, model),
+    )
+
+
+def saved_lora(blocks: int = 80, width: int = 16) -> tuple[Any, str]:
+    """A model with an adapter on 7 * blocks layers, and a folder that holds it."""
+    import peft
+
+    model = peft.get_peft_model(stack(blocks, width), peft.LoraConfig(r=4, target_modules=PROJECTIONS))
+    folder = tempfile.mkdtemp(prefix="peft-bench-")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def load(side: str, already: int) -> Job:
+    """Loading an adapter of 560 layers beside `already` others, and (outside the clock) removing it."""
+    import peft
+
+    _, folder = saved_lora()
+    model = peft.PeftModel.from_pretrained(stack(80, 16), folder)
+    for index in range(1, already):
+        model.add_adapter(f"a{index}", peft.LoraConfig(r=4, target_modules=PROJECTIONS))
+
+    def forget() -> None:
+        if "new" in model.peft_config:
+            model.delete_adapter("new")
+
+    return Job(lambda _: model.load_adapter(folder, "new"), prepare=forget)
+
+
+def first_load(side: str) -> Job:
+    """`PeftModel.from_pretrained` of an adapter of 560 layers."""
+    import peft
+
+    _, folder = saved_lora()
+    model = stack(80, 16)
+    return Job(lambda m: peft.PeftModel.from_pretrained(m, folder), prepare=partial(copy.deepcopy, model))
+
+
+def switch(side: str, what: str) -> Job:
+    """`set_adapter`, the state dict and saving, with two adapters on 560 layers."""
+    import peft
+
+    model, folder = saved_lora()
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=PROJECTIONS))
+    names = ["default", "other"]
+
+    def set_adapter(_: Any) -> None:
+        names.reverse()
+        model.set_adapter(names[0])
+
+    runs: dict[str, Callable[[Any], Any]] = {
+        "set_adapter": set_adapter,
+        "state dict": lambda _: peft.get_peft_model_state_dict(model),
+        "save": lambda _: model.save_pretrained(folder, selected_adapters=["default"]),
+    }
+    return Job(runs[what])
+
+
+# adapters together
+
+
+def mixed(side: str, adapters: int, rows: int = 32) -> Job:
+    """A batch of 32 rows over several adapters, unmerged, on 7 linear layers."""
+    import peft
+
+    model = stack(1, 512)
+    if side == "floor":
+        x = torch.randn(rows, 16, 512)
+        return Job(lambda _: model(x), repeats=2)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=PROJECTIONS), adapter_name="a0")
+    for index in range(1, adapters):
+        model.add_adapter(f"a{index}", peft.LoraConfig(r=16, target_modules=PROJECTIONS))
+    model.eval()
+    names = [f"a{row % adapters}" for row in range(rows)]
+    x = torch.randn(rows, 16, 512)
+
+    def run(_: Any) -> None:
+        with torch.no_grad():
+            model(x, adapter_names=names)
+
+    return Job(run, repeats=2)
+
+
+def weighted(side: str, combination: str) -> Job:
+    """`add_weighted_adapter` of three adapters on 56 layers."""
+    import peft
+
+    options = {"r": 8, "target_modules": PROJECTIONS, "init_lora_weights": False}
+    model = peft.get_peft_model(stack(8, 128), peft.LoraConfig(**options), adapter_name="a")
+    model.add_adapter("b", peft.LoraConfig(**options))
+    model.add_adapter("c", peft.LoraConfig(**options))
+    density = {"density": 0.5} if combination in ("ties", "dare_linear") else {}
+
+    def forget() -> None:
+        if "new" in model.peft_config:
+            model.delete_adapter("new")
+
+    def run(_: Any) -> None:
+        model.add_weighted_adapter(["a", "b", "c"], [0.5, 0.3, 0.2], "new", combination_type=combination, **density)
+
+    return Job(run, prepare=forget)
+
+
+def merge(side: str, method: str, back: bool) -> Job:
+    """Merging (or merging and unmerging) on a small Llama."""
+    import peft
+
+    model = llama(4, 512, 1408, 4096, torch.float32)
+    model = peft.get_peft_model(model, config(method, target_modules="all-linear"))
+
+    def run(_: Any) -> None:
+        model.merge_adapter()
+        if back:
+            model.unmerge_adapter()
+
+    def restore() -> None:
+        if not back and any(getattr(m, "merged", False) for m in model.modules()):
+            model.unmerge_adapter()
+
+    return Job(run, prepare=restore)
+
+
+def _layers() -> list[Case]:
+    found = []
+    for method in METHODS:
+        for dtype in DTYPES:
+            for dropout in (0.0, 0.1) if method in DROPOUT else (0.0,):
+                name = f"{method}, {dtype}" + (", dropout" if dropout else "")
+                make = partial(layer, method=method, dtype=dtype, dropout=dropout)
+                found.append(Case("layer", name, make, floor=True, counted=True))
+    for shape, (inner, out) in {"1024 -> 4096": (1024, 4096), "4096 -> 1024": (4096, 1024)}.items():
+        make = partial(layer, method="LoRA r16", dtype="bf16", dropout=0.0, inner=inner, out=out)
+        found.append(Case("layer", f"LoRA r16, bf16, {shape}", make, floor=True, counted=True))
+    return found
+
+
+def _models() -> list[Case]:
+    found = []
+    for method, dtype, checkpointing in (
+        ("LoRA r16", "bf16", False),
+        ("LoRA r16", "bf16", True),
+        ("LoRA r16", "fp32", False),
+        ("DoRA r16", "bf16", False),
+        ("LoHa r8", "bf16", False),
+        ("OFT b32", "bf16", False),
+    ):
+        name = f"{method}, {dtype}" + (", checkpointing" if checkpointing else "")
+        make = partial(training_step, method=method, dtype=dtype, checkpointing=checkpointing)
+        found.append(Case("model", name, make, floor=True, counted=True))
+    return found
+
+
+def _all() -> list[Case]:
+    cases = [
+        Case("import", "import peft", partial(imports, what="import peft")),
+        Case(
+            "import", "LoraConfig, get_peft_model", partial(imports, what="from peft import LoraConfig, get_peft_model")
+        ),
+        Case("inject", "Llama 70B on meta, 560 layers, and out again", inject_llama_70b),
+        Case("inject", "560 layers", partial(inject, blocks=80, width=16)),
+        Case("inject", "5,040 layers", partial(inject, blocks=720, width=8)),
+        Case("load", "first", first_load),
+        Case("load", "2nd", partial(load, already=1)),
+        Case("load", "50th", partial(load, already=49)),
+        *(Case("switch", what, partial(switch, what=what)) for what in ("set_adapter", "state dict", "save")),
+        *_layers(),
+        *_models(),
+        Case("inference", "LoRA r16, 256 tokens", partial(inference, method="LoRA r16", tokens=256), floor=True),
+        Case("inference", "LoRA r16, 1 token", partial(inference, method="LoRA r16", tokens=1), floor=True),
+        Case("inference", "DoRA r16, 1 token", partial(inference, method="DoRA r16", tokens=1), floor=True),
+        *(
+            Case("mixed", f"32 rows, {n} adapters", partial(mixed, adapters=n, rows=max(n, 32)), floor=True)
+            for n in (1, 8, 16)
+        ),
+        Case("mixed", "64 rows, 64 adapters", partial(mixed, adapters=64, rows=64), floor=True),
+        *(Case("weighted", c, partial(weighted, combination=c)) for c in ("linear", "cat", "svd", "ties")),
+        *(Case("merge", f"{m}", partial(merge, method=m, back=False)) for m in ("LoRA r16", "DoRA r16", "LoHa r8")),
+        *(Case("merge", f"{m}, and back", partial(merge, method=m, back=True)) for m in ("LoRA r16", "LoHa r8")),
+    ]
+    return cases
+
+
+CASES = {case.key: case for case in _all()}

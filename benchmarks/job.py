@@ -1,0 +1,55 @@
+"""What is measured: one repeatable piece of work, prepared outside the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+Clock = Callable[[], float]
+
+
+@dataclass
+class Job:
+    """A piece of work.
+
+    Args:
+        run: What is timed; it gets what `prepare` returns.
+        prepare: Makes what one run uses up; not timed.
+        repeats: Runs per sample, for work too short for the clock.
+        frozen: Tensors that are there anyway (weights): they don't count as kept for backward.
+        forward: For steps that have a backward: the part before it, so that what it keeps can be counted.
+    """
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+    repeats: int = 1
+    frozen: list[Any] = field(default_factory=list)
+    forward: Callable[[], Any] | None = None
+
+    def sample(self, clock: Clock) -> float:
+        """Seconds of one run."""
+        prepared = [self.prepare() for _ in range(self.repeats)]
+        start = clock()
+        for item in prepared:
+            self.run(item)
+        return (clock() - start) / self.repeats
+
+
+@dataclass
+class Case:
+    """A job that either library can do: `make(side)` sets it up in a process that imports one of them.
+
+    `side` is "ours", "reference", or "floor": the same work without any adapter.
+    """
+
+    group: str
+    name: str
+    make: Callable[[str], Job]
+    floor: bool = False
+    counted: bool = False
+
+    @property
+    def key(self) -> str:
+        """Name among all cases."""
+        return f"{self.group}/{self.name}"

@@ -1,0 +1,181 @@
+"""Results as a line, as a table and as pictures."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.sides import Result
+
+GOALS = {
+    "layer/LoRA r16, bf16": 0.55,
+    "layer/DoRA r16, bf16": 0.40,
+    "layer/LoHa r8, bf16": 0.40,
+    "layer/LoKr r8, bf16": 0.35,
+    "layer/HRA r8, bf16": 0.15,
+    "layer/FourierFT n1000, bf16": 0.35,
+    "layer/C3A b128, bf16": 0.35,
+    "layer/BOFT b4, bf16": 0.25,
+    "model/LoRA r16, bf16": 0.75,
+    "inject/560 layers": 0.20,
+    "inject/Llama 70B on meta, 560 layers, and out again": 0.20,
+    "load/50th": 0.10,
+    "mixed/32 rows, 16 adapters": 0.25,
+    "import/import peft": 0.03,
+}
+FLOOR_GOALS = {"layer/LoRA r16, bf16": 1.35, "layer/DoRA r16, bf16": 1.6, "model/LoRA r16, bf16": 1.15}
+SAVED_GOALS = {"layer/LoRA r16, bf16": 0.35, "layer/LoRA r16, bf16, dropout": 0.30}
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were taken on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": next(
+            (text.split(":")[1].strip() for text in _cpuinfo() if text.startswith("model name")), platform.processor()
+        ),
+        "bf16 GEMM": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def line(result: Result) -> str:
+    """One case on one line of a terminal."""
+    cells = [f"{result.group}/{result.name}".ljust(52)]
+    for side in ("ours", "reference", "floor"):
+        median = result.median(side)
+        cells.append(f"{side} {duration(median)}" if median is not None else "")
+    cells += [f"{_ratio(result, 'reference')} of the reference", f"{_ratio(result, 'floor')} of the floor"]
+    cells += [f"{side} failed: {why}" for side, why in result.failures.items()]
+    return "  ".join(c for c in cells if c and not c.startswith(" of") and "—" not in c)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds with a unit."""
+    if seconds is None:
+        return "—"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def size(value: int | None) -> str:
+    """Bytes with a unit."""
+    if value is None:
+        return "—"
+    for unit, step in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(value) >= step:
+            return f"{value / step:.2f} {unit}"
+    return f"{value} B"
+
+
+def _ratio(result: Result, over: str) -> str:
+    ratio, spread = result.ratio(over), result.spread(over)
+    if ratio is None:
+        return "—"
+    return f"{ratio:.2f}" if ratio >= 0.1 or ratio == 0 else f"{ratio:.3f}" if spread is None else f"{ratio:.3f}"
+
+
+def _cell(result: Result, over: str, goals: dict[str, float]) -> str:
+    text, spread = _ratio(result, over), result.spread(over)
+    if text == "—" or spread is None:
+        return text
+    goal = goals.get(f"{result.group}/{result.name}")
+    return f"**{text}** ({spread[0]:.2g}–{spread[1]:.2g})" + (f", goal {goal:g}" if goal is not None else "")
+
+
+def tables(setting: dict[str, Any], results: list[Result]) -> str:
+    """The report in Markdown."""
+    lines = ["# Benchmarks", "", _preface(setting), ""]
+    for group in dict.fromkeys(r.group for r in results):
+        lines += [f"## {group}", "", *_times([r for r in results if r.group == group]), ""]
+        counted = [r for r in results if r.group == group and "ours" in r.counts and "reference" in r.counts]
+        if counted:
+            lines += [*_counts(counted), ""]
+    failed = [(r, side, why) for r in results for side, why in r.failures.items()]
+    if failed:
+        lines += ["## Left out", ""]
+        lines += [f"* {r.group}/{r.name}, {side}: `{why[:160]}`" for r, side, why in failed]
+    if not torch.cuda.is_available():
+        lines += ["", "The groups for CUDA (layer, model, mixed on a GPU) were skipped: no GPU here."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _preface(setting: dict[str, Any]) -> str:
+    where = ", ".join(f"{key} {value}" for key, value in setting.items())
+    return (
+        "Written by `make bench ARGS='--out docs'`. Both libraries run in processes of their own and are sampled in turns. "
+        "A ratio is our median over the other's, with the middle half of the ratios of single rounds in parentheses: below 1 "
+        "is faster than the reference. The floor is the same work without an adapter.\n\n"
+        f"{where[0].upper()}{where[1:]}."
+    )
+
+
+def _times(results: list[Result]) -> list[str]:
+    floor = any("floor" in r.seconds for r in results)
+    head = ["case", "this library", "reference", "of the reference"] + (["of the floor"] if floor else [])
+    rows = []
+    for r in results:
+        cells = [r.name, duration(r.median("ours")), duration(r.median("reference")), _cell(r, "reference", GOALS)]
+        rows.append(cells + ([_cell(r, "floor", FLOOR_GOALS)] if floor else []))
+    return _table(head, rows)
+
+
+def _counts(results: list[Result]) -> list[str]:
+    head = [
+        "case", "kept for backward above the floor", "reference", "ratio",
+        "peak", "reference", "allocations", "reference", "GFLOP", "reference",
+    ]  # fmt: skip
+    rows = []
+    for r in results:
+        ours, other, floor = r.counts["ours"], r.counts["reference"], r.counts.get("floor", {})
+        base = floor.get("saved", 0)
+        mine, theirs = ours.get("saved", 0) - base, other.get("saved", 0) - base
+        goal = SAVED_GOALS.get(f"{r.group}/{r.name}")
+        ratio = f"{mine / theirs:.2f}" + (f", goal {goal:g}" if goal else "") if theirs > 0 else "—"
+        rows.append(
+            [r.name, size(mine), size(theirs), ratio, size(ours["peak"]), size(other["peak"])]
+            + [str(ours["allocations"]), str(other["allocations"])]
+            + [f"{ours['flops'] / 1e9:.3g}", f"{other['flops'] / 1e9:.3g}"]
+        )
+    return _table(head, rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def write(out: Path, setting: dict[str, Any], results: list[Result]) -> None:
+    """The table and the pictures, in a folder."""
+    text = tables(setting, results)
+    pictures = draw(out, results)
+    if pictures:
+        head, _, rest = text.partition("\n## ")
+        text = head + "\n" + "\n\n".join(f"![{alt}]({name})" for name, alt in pictures) + "\n\n## " + rest
+    (out / "benchmarks.md").write_text(text)
+
+
+def draw(out: Path, results: list[Result]) -> list[tuple[str, str]]:
+    """Pictures as SVG; returns their names and what they show."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "peft"
+    from benchmarks import pictures
+
+    return pictures.draw(out, results)
