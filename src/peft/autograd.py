@@ -100,7 +100,7 @@ def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Te
         weight: W (out, in), with whatever is merged.
         bias: b (out,), or None.
     """
-    if len(updates) != 1 or not x.is_floating_point():
+    if len(updates) != 1 or not x.is_floating_point() or x.device.type == "meta":
         return None
     update = updates[0]
     add = update.inner if isinstance(update, Magnitude) else update
@@ -120,7 +120,7 @@ def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Te
     thin = op.down.to(dtype), op.up.to(dtype), float(op.scale)
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(update, Magnitude):
-            if rate:
+            if rate or weight.data_ptr() != base.weight.data_ptr():  # magnitudes are those of the frozen weight
                 return None
             y = MagnitudeLinear.apply(flat, *frozen, *thin, update.gain(base).to(dtype))
         else:
