@@ -277,7 +277,12 @@ def _adapt_layers(
     autocast: bool,
     create: Callable[..., None] | None,
 ) -> None:
-    hosts = {t.key if t.parameter is None else f"{t.key}.{t.parameter}": t.host for t in plan.targets}
+    hosts: dict[str, Host] = {}
+    for target in plan.targets:
+        key = target.key if target.parameter is None else f"{target.key}.{target.parameter}"
+        hosts[key] = target.host
+        if hosts[key].always_acts:
+            hosts[f"{key}.out_proj"] = Target(f"{key}.out_proj", hosts[key].module.out_proj).host
     method.check_targets(config, hosts)
     banks, shared = _share(method, config, adapter_name, hosts, root, undo, autocast)
     for index, target in enumerate(plan.targets):
