@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -284,12 +284,27 @@ def _adapt_layers(
         if hosts[key].always_acts:
             hosts[f"{key}.out_proj"] = Target(f"{key}.out_proj", hosts[key].module.out_proj).host
     method.check_targets(config, hosts)
+    _note_layout(config, hosts.values())
     banks, shared = _share(method, config, adapter_name, hosts, root, undo, autocast)
     for index, target in enumerate(plan.targets):
         key = target.key if target.parameter is None else f"{target.key}.{target.parameter}"
         site = Site(key, index, len(plan.targets), shared)
         options = {"site": site, "meta": meta, "autocast": autocast, "banks": banks}
         (create or wrap)(model, config, adapter_name, target, options, undo)
+
+
+def _note_layout(config: TargetedConfig, hosts: Iterable[Host]) -> None:
+    """Say in the config how the targeted matrices are stored, for those who read the file; we look at the layers."""
+    stored = [host.fan_in_fan_out for host in hosts if host.name == "Linear"]
+    if not stored or not hasattr(config, "fan_in_fan_out"):
+        return
+    if config.fan_in_fan_out and not stored[-1]:
+        warnings.warn(
+            "fan_in_fan_out is True, but the targets are nn.Linear layers, which store (out, in); it is now False.",
+            PeftWarning,
+            stacklevel=4,
+        )
+    config.fan_in_fan_out = stored[-1]
 
 
 def wrap(
