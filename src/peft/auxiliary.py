@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft import routing
-from peft.errors import AdapterNameError, PeftWarning, StateError, TargetError
+from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError
 from peft.layer import AdaptedLayer, _join, _take, layer_class
 from peft.slots import adapter_dtype
 
@@ -64,7 +64,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         here = [n for n in names if n in self.names()]
         if len(here) > 1:
-            raise StateError(f"Only one adapter can be set at a time for {type(self).__name__}, not {here}.")
+            raise ConfigError(f"Only one adapter can be set at a time for {type(self).__name__}, not {here}.")
         self._active_adapter = here
         self.set_requires_grad(self.names(), False)
         self.set_requires_grad(here, not inference_mode)

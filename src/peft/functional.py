@@ -9,10 +9,21 @@ from torch import nn
 from peft import inject
 from peft.checkpoint.state import get_peft_model_state_dict as get_peft_model_state_dict
 from peft.checkpoint.state import set_peft_model_state_dict as set_peft_model_state_dict
-from peft.inject import set_adapter as set_adapter
 from peft.inject import set_requires_grad as set_requires_grad
 from peft.mapping_func import inject_adapter_in_model as inject_adapter_in_model
 from peft.tuner import cast_adapter_dtype as cast_adapter_dtype
+
+
+def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: Any = None) -> None:
+    """Make adapters active in a model's layers, and trainable unless `inference_mode`.
+
+    Args:
+        model: A model with adapters.
+        adapter_name: One name, or several in their order.
+        inference_mode: Leave them frozen.
+        layer_cls: Not needed; there for callers that give it.
+    """
+    inject.set_adapter(model, adapter_name, inference_mode)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:

@@ -266,7 +266,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if name in _ADAPTER_STATE or "base_layer" not in self._modules:
                 raise
             if name in type(self).adapter_layer_names:
-                return nn.ModuleDict()
+                return nn.ParameterDict() if "embedding" in name else nn.ModuleDict()
             return getattr(self._modules["base_layer"], name)
 
     # adapters by name

@@ -50,7 +50,7 @@ class FourierFTConfig(TargetedConfig):
         self.n_frequency_pattern = self.n_frequency_pattern or {}
         super().__post_init__()
         positive(self, "n_frequency")
-        choice(self, "bias", ("none", "all", "fourier_only"))
+        choice(self, "bias", ("none", "all", "fourier_only", "fourierft_only"))
         if self.random_loc_seed is None:
             raise ConfigError("random_loc_seed is None, but files don't hold the frequencies: give a number.")
         for key in self.n_frequency_pattern:

@@ -35,12 +35,14 @@ class Scope:
         rows: The prompts.
         virtual: They are put before the embeddings inside the stack, and cut off its output; otherwise they are joined as
             keys and values.
+        side: Which virtual tokens, see `VirtualTokens.tokens`.
         view: The cache view of the forward that is running, for layers that are checkpointed.
     """
 
     site: Site
     rows: Rows
     virtual: bool = False
+    side: int = 0
     view: Any = None
 
 
@@ -54,10 +56,10 @@ _THREAD = _Thread()
 
 
 @contextmanager
-def scope(site: Site, rows: Rows, virtual: bool = False) -> Iterator[Scope]:
+def scope(site: Site, rows: Rows, *, virtual: bool = False, side: int = 0) -> Iterator[Scope]:
     """Give the prompts of `rows` to the calls of one model on this thread."""
     outer = _THREAD.scope
-    _THREAD.scope = opened = Scope(site, rows, virtual)
+    _THREAD.scope = opened = Scope(site, rows, virtual, side)
     try:
         yield opened
     finally:
@@ -95,7 +97,7 @@ class Site:
             return None
         kwargs = dict(zip(self.accepts, args, strict=False)) | kwargs
         if opened.virtual:
-            _prepend_tokens(stack, kwargs, opened.rows)
+            _prepend_tokens(stack, kwargs, opened)
         else:
             _prepend_cache(stack, kwargs, opened, self.accepts)
         return (), kwargs
@@ -169,14 +171,14 @@ def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple
         kwargs["attention_mask"] = _masks.widened(mask, rows, view, (batch, queries), device, stack.config)
 
 
-def _prepend_tokens(stack: nn.Module, kwargs: dict, rows: Rows) -> None:
+def _prepend_tokens(stack: nn.Module, kwargs: dict, opened: Scope) -> None:
     """Replace the inputs of a call without a past by embeddings that begin with the virtual tokens."""
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         embeds = stack.get_input_embeddings()(kwargs.pop("input_ids"))
     batch, length, _ = embeds.shape
-    kwargs["inputs_embeds"] = torch.cat([rows.tokens(batch, embeds), embeds], dim=1)
-    kwargs |= prompt_arguments(stack, rows, (batch, length), embeds.device, kwargs)
+    kwargs["inputs_embeds"] = torch.cat([opened.rows.tokens(batch, embeds, opened.side), embeds], dim=1)
+    kwargs |= prompt_arguments(stack, opened.rows, (batch, length), embeds.device, kwargs)
 
 
 def prompt_arguments(

@@ -67,7 +67,12 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         return base.generate(*args, **kwargs)
     if kind(rows) is not KeyValues:
         if _geometry.is_encoder_decoder(base):
-            return base.generate(**_encoder_inputs(base, rows, args, kwargs))
+            kwargs = _encoder_inputs(base, rows, args, kwargs)
+            if not rows.before_decoder:
+                return base.generate(**kwargs)
+            # What the decoder makes of its prompt depends on the input, so it goes through with every step.
+            with scope(site_of(base), rows, virtual=True, side=1):
+                return base.generate(**kwargs | {"use_cache": False})
         stack = _geometry.attention_stack(base)
         if stack is not None and stack.training and getattr(stack, "is_gradient_checkpointing", False):
             # Checkpointed layers are given no cache, so the virtual tokens go through them at every step.
@@ -166,6 +171,8 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
         logits = output[0] if isinstance(output, tuple) else output.logits
         loss = cpt_loss(config, logits, labels, types)
         return (loss, *output) if isinstance(output, tuple) else type(output)(**{**output, "loss": loss})
+    if rows.before_decoder:
+        return base(**_decoder_inputs(base, rows, kwargs))
     if labels is not None and _labels_tokens(model, base, labels, batch, length):
         kwargs["labels"] = torch.cat([labels.new_full((batch, rows.length), IGNORED_LABEL), labels], dim=1)
     return base(**kwargs)
@@ -188,6 +195,25 @@ def _labels_tokens(model: Any, base: nn.Module, labels: Tensor, batch: int, leng
     if _geometry.is_encoder_decoder(base) or _task(model) == TaskType.SEQ_CLS:
         return False
     return labels.shape[:2] == (batch, length)
+
+
+def _decoder_inputs(base: nn.Module, rows: Rows, kwargs: dict) -> dict:
+    """Arguments of `forward` for a decoder that reads virtual tokens first, made from its ids or from the labels."""
+    labels, ids, embeds = (kwargs.pop(name, None) for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds"))
+    if embeds is None:
+        if ids is None:
+            ids = base.prepare_decoder_input_ids_from_labels(labels=labels)
+        embeds = base.get_decoder().get_input_embeddings()(ids)
+    batch = len(embeds)
+    kwargs["decoder_inputs_embeds"] = torch.cat([rows.tokens(batch, embeds, side=1), embeds], dim=1)
+    mask = kwargs.get("decoder_attention_mask")
+    if mask is None and rows.ragged:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    if mask is not None:
+        kwargs["decoder_attention_mask"] = torch.cat([rows.visible(batch, mask.device).to(mask), mask], dim=1)
+    if labels is not None:
+        kwargs["labels"] = torch.cat([labels.new_full((batch, rows.length), IGNORED_LABEL), labels], dim=1)
+    return kwargs
 
 
 def _encoder_inputs(base: nn.Module, rows: Rows, args: tuple, kwargs: dict) -> dict:

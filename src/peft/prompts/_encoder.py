@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,14 +86,22 @@ class BasePromptEncoder(nn.Module):
 class VirtualTokens(BasePromptEncoder):
     """Base of the encoders whose prompt goes before the input embeddings."""
 
-    needs_task_ids: ClassVar[bool] = False
+    before_decoder: bool = False
+    """Whether the second half of the table goes before the decoder's input. Encoder-decoder configs always have one, as
+    in HF PEFT's files; multitask prompts use it."""
 
-    def tokens(self, task_ids: Tensor | None = None) -> Tensor:
+    def tokens(self, task_ids: Tensor | None = None, side: int = 0) -> Tensor:
         """The virtual tokens, shape (1 or batch, num_virtual_tokens, token_dim).
 
-        Encoder-decoder configs hold two tables (HF PEFT's layout); the first goes before the encoder's input.
+        Args:
+            task_ids: Tasks of the samples, shape (batch,), for multitask prompts.
+            side: 0 for the input of the model, 1 for that of the decoder of an encoder-decoder.
         """
-        return self.rows()[None, : self.num_virtual_tokens]
+        return self.rows()[None, self.side(side)]
+
+    def side(self, side: int) -> slice:
+        """The rows of one side."""
+        return slice(side * self.num_virtual_tokens, (side + 1) * self.num_virtual_tokens)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Rows of the prompt at `indices` (any shape), shape (*indices.shape, token_dim)."""
@@ -103,8 +111,9 @@ class VirtualTokens(BasePromptEncoder):
 class KeyValues(BasePromptEncoder):
     """Base of the encoders whose prompt is joined to the keys and values of every attention layer.
 
-    `rows()` has the shape (num_virtual_tokens, num_layers * 2 * token_dim): for each layer its keys, then its values,
-    heads outermost.
+    `rows()` has the shape (num_virtual_tokens, num_layers * 2 * token_dim): slot after slot its keys, then its values, heads
+    outermost. Layer l reads slot l. In encoder-decoders it reads slot 2 l modulo the number of layers, since HF PEFT deals
+    out the slots to self- and cross-attention in turn, and then begins cross-attention without a prefix.
     """
 
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
@@ -112,6 +121,7 @@ class KeyValues(BasePromptEncoder):
         self.num_layers: int = config.num_layers
         self.token_dim: int = config.token_dim
         self.num_heads: int = config.num_attention_heads
+        self.stride: int = config.num_transformer_submodules
 
     def columns(self, start: int, stop: int) -> Tensor:
         """`rows()[:, start:stop]`, computed from the parameters without the other columns."""
@@ -123,8 +133,8 @@ class KeyValues(BasePromptEncoder):
         Starts from the parameters at every call: a layer that is checkpointed then sends its gradients straight to
         them, and does not walk back through a graph that another layer has freed.
         """
-        width = 2 * self.token_dim
-        both = self.columns(index * width, (index + 1) * width)
+        slot, width = index * self.stride % self.num_layers, 2 * self.token_dim
+        both = self.columns(slot * width, (slot + 1) * width)
         keys, values = both.view(len(both), 2, self.num_heads, -1).permute(1, 2, 0, 3)
         return keys, values
 

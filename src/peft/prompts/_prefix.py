@@ -59,19 +59,24 @@ class Rows:
         shifts = self.shifts(batch, device)
         return (slots >= self.length - shifts).expand(batch, -1)
 
-    def tokens(self, batch: int, like: Tensor) -> Tensor:
+    @property
+    def before_decoder(self) -> bool:
+        """Whether some prompts go before the input of a decoder as well."""
+        return any(isinstance(e, VirtualTokens) and e.before_decoder for stack in self.stacks for e in stack)
+
+    def tokens(self, batch: int, like: Tensor, side: int = 0) -> Tensor:
         """Virtual tokens, shape (batch, length, token_dim), with the dtype and device of `like`."""
         task_ids = self.task_ids
         if task_ids is not None:
             task_ids = torch.as_tensor(repeated(tuple(task_ids.tolist()), batch, "task_ids"), device=like.device)
-        made = [self._stack_tokens(stack, task_ids, like) for stack in self.stacks]
+        made = [self._stack_tokens(stack, task_ids, like, side) for stack in self.stacks]
         index = self.per_sample(batch)
         if index is None:
             return made[0].expand(batch, -1, -1)
         return torch.stack([made[s][i if len(made[s]) > 1 else 0] for i, s in enumerate(index)])
 
-    def _stack_tokens(self, stack: Sequence[BasePromptEncoder], task_ids: Tensor | None, like: Tensor) -> Tensor:
-        parts = [encoder.tokens(task_ids).to(like) for encoder in stack if isinstance(encoder, VirtualTokens)]
+    def _stack_tokens(self, stack: Sequence[BasePromptEncoder], task_ids: Tensor | None, like: Tensor, side: int) -> Tensor:
+        parts = [encoder.tokens(task_ids, side).to(like) for encoder in stack if isinstance(encoder, VirtualTokens)]
         batch = max((len(part) for part in parts), default=1)
         return _pad(
             [part.expand(batch, -1, -1) for part in parts], like.new_empty(batch, 0, like.shape[-1]), self.length

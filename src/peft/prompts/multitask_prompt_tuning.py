@@ -70,21 +70,23 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
 
 class MultitaskPromptEmbedding(PromptEmbedding, name="multitask_prompt_tuning", config=MultitaskPromptTuningConfig):
-    """The shared table, and C (tasks, rows, ranks) and R (tasks, ranks, token_dim) of the tasks."""
+    """The shared table, and C (tasks, rows, ranks) and R (tasks, ranks, token_dim) of the tasks.
 
-    needs_task_ids: ClassVar[bool] = True
+    In encoder-decoders the first half of the rows goes before the encoder's input, the second before the decoder's.
+    """
 
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
         super().__init__(config, word_embeddings)
         tasks, ranks = config.num_tasks, config.num_ranks
         rows = config.num_virtual_tokens * config.num_transformer_submodules
         self.num_tasks: int = tasks
+        self.before_decoder = config.num_transformer_submodules == 2
         self.prefix_task_cols = nn.Parameter(torch.normal(0, 0.02, (tasks, rows, ranks)))
         self.prefix_task_rows = nn.Parameter(torch.normal(0, 0.02, (tasks, ranks, config.token_dim)))
         if "SOURCE" in config.prompt_tuning_init.value and not config.inference_mode:
             self._start_from(config)
 
-    def tokens(self, task_ids: Tensor | None = None) -> Tensor:
+    def tokens(self, task_ids: Tensor | None = None, side: int = 0) -> Tensor:
         if task_ids is None:
             raise ConfigError(
                 "Multitask prompt tuning needs to know the task of each sample: pass task_ids, a tensor of shape (batch,) "
@@ -92,7 +94,7 @@ class MultitaskPromptEmbedding(PromptEmbedding, name="multitask_prompt_tuning", 
             )
         task_ids = task_ids.to(self.prefix_task_cols.device)
         task = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
-        return (self.embedding.weight * task)[:, : self.num_virtual_tokens]
+        return (self.embedding.weight * task)[:, self.side(side)]
 
     def forward(self, indices: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """Prompts of the tasks, shape (batch, num_virtual_tokens, token_dim). `indices` is there for symmetry."""

@@ -40,7 +40,7 @@ class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
         {"use_dora": True},
         {"lora_bias": True},
         {"init_lora_weights": False},
-        {"rank_pattern": {"second.layer": 4}, "init_lora_weights": "gaussian"},
+        {"init_lora_weights": "gaussian"},
     )
 
     def resolve(self, config: LoraConfig, host: Host, site: Site) -> dict[str, Any]:
