@@ -24,6 +24,6 @@ def must_fit(name: str, count: int, key: str, out: int, inner: int) -> None:
     """Raise TargetError unless the layer `key` has room for `count` values."""
     if count > out * inner:
         raise TargetError(
-            f"{name} asks for {count} values, but {key!r} is ({out}, {inner}) and has {out * inner} places. Lower it, or "
-            "leave the layer out of the targets."
+            f"{name} asks for {count} values, but {key!r} is ({out}, {inner}) and has {out * inner} places. Lower it, "
+            "or leave the layer out of the targets."
         )

@@ -26,7 +26,7 @@ def nearest_divisor(size: int, wanted: int) -> int:
 
 
 def must_divide(name: str, value: int, key: str, *sizes: int) -> None:
-    """Raise TargetError, with the nearest legal value, unless the option `name` divides all `sizes` of the layer `key`."""
+    """Raise TargetError, with the nearest legal value, unless the option `name` divides all `sizes` of a layer."""
     common = math.gcd(*sizes)
     if common % value:
         sides = " and ".join(str(size) for size in sizes)

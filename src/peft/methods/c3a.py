@@ -23,8 +23,8 @@ from peft.updates import Add, Update
 class C3AConfig(TargetedConfig):
     """C3A (arXiv 2407.19342): W + ΔW / in, where ΔW is a grid of circulant blocks (b, b), each told by one row.
 
-    The kernels (out / b, in / b, b) hold out · in / b numbers; b must divide both sides of every target. ΔW has full rank
-    in general and is applied by FFTs.
+    The kernels (out / b, in / b, b) hold out · in / b numbers; b must divide both sides of every target. ΔW has full
+    rank in general and is applied by FFTs.
 
     Example:
         >>> from peft import C3AConfig

@@ -24,8 +24,8 @@ from peft.updates import Add, Update
 class LoKrConfig(LycorisConfig):
     """LoKr (arXiv 2309.14859): W + (alpha / r) C ⊗ D, sides split as `factorization` says, C the smaller factor.
 
-    C (l, p) is trained whole, or as a product of rank r with `decompose_both`; D (k, q) as a product of rank r, or whole
-    where r is half its longer side or more. With `use_effective_conv2d`, kernels of convolutions are decomposed too.
+    C (l, p) is trained whole, or as a product of rank r with `decompose_both`; D (k, q) as a product of rank r, or
+    whole where r is half its longer side or more. With `use_effective_conv2d`, kernels are decomposed too.
 
     Example:
         >>> from peft import LoKrConfig
@@ -47,7 +47,7 @@ class LoKrConfig(LycorisConfig):
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """`dimension` as a product of two numbers: `factor` first if it divides; else of those not above it, the most square.
+    """`dimension` as a product of two numbers: `factor` first if it divides it; else the most square, none above it.
 
     >>> factorization(128), factorization(128, 4), factorization(360, 7), factorization(127)
     ((8, 16), (4, 32), (6, 60), (1, 127))
