@@ -61,6 +61,7 @@ def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | No
         keys: Adapt exactly these modules (they come from the tensors of a file).
     """
     modules = dict(_named_modules(model))
+    method_of(config).complete(config, model)
     if keys is not None:
         matches = targets.Matches(modules={key: key for key in keys})
     else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft import registry
 from peft.config import PeftType, TargetedConfig
@@ -111,6 +111,9 @@ class WeightMethod:
     def identity_at_start(self, config: Any) -> bool:
         """Whether an untrained adapter with this config leaves the output as it is."""
         return getattr(config, "init_weights", True) is not False
+
+    def complete(self, config: Any, model: nn.Module) -> None:
+        """Fill in fields of the config, besides `target_modules`, that are left to the model's architecture."""
 
     def check_targets(self, config: Any, targets: Mapping[str, Host]) -> None:
         """Raise if the targets as a whole can't be adapted."""
