@@ -9,8 +9,9 @@ kept: everything thin is made again in backward, dropout masks from their seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -64,11 +65,20 @@ def _keep(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.bitwise_and(x.view(mask.dtype), mask).view(x.dtype)
 
 
+def _where(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`_keep`, differentiable."""
+    return x if mask is None else torch.where(mask.bool(), x, torch.zeros_like(x))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 class LowRankLinear(torch.autograd.Function):
     """x Wᵀ + b + s D(x) Aᵀ Bᵀ, D a dropout or the identity.
 
-    Keeps x for backward, and nothing of size tokens × r or larger. Shapes: x (n, in), W (out, in), b (out,) or None, all
-    of one dtype; A (r, in), B (out, r) of any.
+    Keeps x for backward, and nothing of size tokens × r or larger. Shapes: x (n, in), W (out, in), b (out,) or
+    None; A (r, in), B (out, r).
     """
 
     @staticmethod
@@ -86,16 +96,22 @@ class LowRankLinear(torch.autograd.Function):
         ctx.scale, ctx.dropout = scale * (dropout.gain if dropout else 1.0), dropout
         seen = _keep(x, dropout.mask(x)) if dropout else x
         hidden = F.linear(seen, down.to(x.dtype)).mul_(ctx.scale)
-        return F.linear(x, weight, bias).addmm_(hidden, up.to(x.dtype).mT)
+        return _linear(x, weight, bias).addmm_(hidden, up.to(x.dtype).mT)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up = ctx.saved_tensors
         needs = ctx.needs_input_grad
         mask = ctx.dropout.mask(x) if ctx.dropout else None
+        grad_bias = grad.sum(0) if needs[2] else None
+        if torch.is_grad_enabled():
+            thin = F.linear(F.linear(_where(x, mask), down.to(x.dtype)) * ctx.scale, up.to(x.dtype))
+            y = _linear(x, weight) + thin
+            grad_x, grad_down, grad_up = _again(y, (x, down, up), (needs[0], *needs[3:5]), grad)
+            return grad_x, None, grad_bias, grad_down, grad_up, None, None
         back, grad_down, grad_up = _thin_grads(needs[3:5], _keep(x, mask), grad, down, up, ctx.scale)
-        grad_x = _plus_thin(grad @ weight, back, down, mask) if needs[0] else None
-        return grad_x, None, grad.sum(0) if needs[2] else None, grad_down, grad_up, None, None
+        grad_x = _plus_thin(grad @ weight.to(x.dtype), back, down, mask) if needs[0] else None
+        return grad_x, None, grad_bias, grad_down, grad_up, None, None
 
 
 class MagnitudeLinear(torch.autograd.Function):
@@ -119,13 +135,13 @@ class MagnitudeLinear(torch.autograd.Function):
         ctx.scale, ctx.dropout = scale * (dropout.gain if dropout else 1.0), dropout
         factor, wide, thin = gain.to(x.dtype), up.to(x.dtype), down.to(x.dtype)
         if dropout is None:
-            product = F.linear(x, weight).addmm_(F.linear(x, thin).mul_(ctx.scale), wide.mT)
-            y = product * factor if bias is None else torch.addcmul(bias, product, factor)
+            product = _linear(x, weight).addmm_(F.linear(x, thin).mul_(ctx.scale), wide.mT)
+            y = product * factor if bias is None else torch.addcmul(bias.to(x.dtype), product, factor)
         else:
             seen = _keep(x, dropout.mask(x))
             hidden = F.linear(seen, thin).mul_(ctx.scale)
-            base = F.linear(seen, weight).mul_(dropout.gain)
-            y = F.linear(x, weight, bias).sub_(base)
+            base = _linear(seen, weight).mul_(dropout.gain)
+            y = _linear(x, weight, bias).sub_(base)
             product = base.addmm_(hidden, wide.mT)
             y.addcmul_(product, factor)
         ctx.save_for_backward(x, weight, down, up, gain, product if ctx.needs_input_grad[7] else None)
@@ -136,8 +152,17 @@ class MagnitudeLinear(torch.autograd.Function):
         x, weight, down, up, gain, product = ctx.saved_tensors
         needs = ctx.needs_input_grad
         mask = ctx.dropout.mask(x) if ctx.dropout else None
+        grad_bias = grad.sum(0) if needs[2] else None
+        if torch.is_grad_enabled():
+            seen, factor = _where(x, mask) * (ctx.dropout.gain if ctx.dropout else 1.0), gain.to(x.dtype)
+            base, scale = _linear(seen, weight), ctx.scale / (ctx.dropout.gain if ctx.dropout else 1.0)
+            thin = F.linear(F.linear(seen, down.to(x.dtype)) * scale, up.to(x.dtype))
+            y = _linear(x, weight) + (factor - 1) * base + factor * thin
+            found = _again(y, (x, down, up, gain), (needs[0], *needs[3:5], needs[7]), grad)
+            grad_x, grad_down, grad_up, grad_gain = found
+            return grad_x, None, grad_bias, grad_down, grad_up, None, None, grad_gain
         grad_gain = (grad * product).sum(0).to(gain.dtype) if needs[7] else None
-        scaled = grad * gain.to(x.dtype)
+        scaled, weight = grad * gain.to(x.dtype), weight.to(x.dtype)
         back, grad_down, grad_up = _thin_grads(needs[3:5], _keep(x, mask), scaled, down, up, ctx.scale)
         grad_x = None
         if needs[0] and mask is None:
@@ -145,7 +170,7 @@ class MagnitudeLinear(torch.autograd.Function):
         elif needs[0]:
             dropped = ((scaled - grad) @ weight).mul_(ctx.dropout.gain).addmm_(back, down.to(x.dtype))
             grad_x = (grad @ weight).add_(_keep(dropped, mask))
-        return grad_x, None, grad.sum(0) if needs[2] else None, grad_down, grad_up, None, None, grad_gain
+        return grad_x, None, grad_bias, grad_down, grad_up, None, None, grad_gain
 
 
 def _thin_grads(
@@ -185,44 +210,183 @@ class OperatorLinear(torch.autograd.Function):
         *parts: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, *parts)
-        ctx.op, ctx.before, ctx.dropout = _without_tensors(op), before, dropout
-        acting, seen = _with_tensors(op, iter(parts)).to(x.dtype), _seen(x, dropout)
+        ctx.op, ctx.before, ctx.dropout = _shell(op), before, dropout
+        acting = op.to(x.dtype)
+        seen = _keep(x, dropout.mask(x)) * dropout.gain if dropout else x
         if before:
-            return F.linear(_act(acting, seen), weight, bias)
-        if _denser(acting, x):
-            return F.linear(x, weight, bias).addmm_(seen, acting.dense().mT)
-        return F.linear(x, weight, bias).add_(acting.apply(seen))
+            return _linear(_act(acting, seen), weight, bias)
+        y = _linear(x, weight, bias)
+        return y.addmm_(seen, acting.dense().mT) if _denser(acting, x) else y.add_(acting.apply(seen))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *parts = ctx.saved_tensors
-        needs, dropout = ctx.needs_input_grad, ctx.dropout
-        create = torch.is_grad_enabled()
+        before, dropout, needs, need_parts = ctx.before, ctx.dropout, ctx.needs_input_grad, ctx.needs_input_grad[6:]
         mask = dropout.mask(x) if dropout else None
+        grad_bias = grad.sum(0) if needs[5] else None
+        if torch.is_grad_enabled():
+            acting = _filled(ctx.op, iter(parts)).to(x.dtype)
+            with torch.enable_grad():
+                seen = x if mask is None else _where(x, mask) * dropout.gain
+                y = _act(acting, seen)
+                y = _linear(y, weight) if before else _linear(x, weight) + y
+            return None, None, None, *_again(y, (x, weight, None, *parts), (needs[3], False, False, *need_parts), grad)
+        base = grad @ weight.to(x.dtype) if needs[3] or before else None
         seen = _keep(x, mask) * dropout.gain if dropout else x
-        base = grad @ weight if needs[3] or ctx.before else None
-        into = base if ctx.before else grad
-        assert into is not None
-        held = [t if create or not need else t.detach().requires_grad_() for t, need in zip(parts, needs[6:])]
-        wanted = [t for t, need in zip(held, needs[6:]) if need]
+        held = [t.detach().requires_grad_() if need else t for t, need in zip(parts, need_parts, strict=True)]
+        wanted = [t for t, need in zip(held, need_parts, strict=True) if need]
         with torch.enable_grad():
-            acting = _with_tensors(ctx.op, iter(held)).to(x.dtype)
-            if _denser(acting, x):
-                dense = acting.dense()
-                found = torch.autograd.grad(dense, wanted, into.mT @ seen, create_graph=create) if wanted else ()
-                back = None
-                if needs[3] and not ctx.before and mask is None:
-                    base.addmm_(grad, dense.detach())  # type: ignore[union-attr]
-                elif needs[3]:
-                    back = into @ dense.detach()
-            else:
-                inner = seen if create else seen.detach().requires_grad_(needs[3])
-                sources = [inner, *wanted] if needs[3] else wanted
-                found = torch.autograd.grad(acting.apply(inner), sources, into, create_graph=create) if sources else ()
-                back, found = (found[0], found[1:]) if needs[3] else (None, found)
-        if back is not None:
-            back = _keep(back, mask).mul_(dropout.gain) if dropout else back
-            base = back if ctx.before else base.add_(back)  # type: ignore[union-attr]
+            acting = _filled(ctx.op, iter(held)).to(x.dtype)
+        into = base if before else grad
+        assert into is not None
+        back, found = _pull(acting, seen, into, wanted, needs[3])
+        if needs[3] and dropout:
+            back = _keep(back, mask).mul_(dropout.gain)  # type: ignore[union-attr]
+        grad_x = None if not needs[3] else back if before else base.add_(back)  # type: ignore[union-attr]
         rest = iter(found)
-        grads = [next(rest) if need else None for need in needs[6:]]
-        return (None, None, None, base if needs[3] else None, None, grad.sum(0) if needs[5] else None, *grads)
+        return None, None, None, grad_x, None, grad_bias, *(next(rest) if need else None for need in need_parts)
+
+
+def _pull(
+    op: Operator, x: Tensor, grad: Tensor, wanted: list[Tensor], need_x: bool
+) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """Gradients of op x: that of x, and those of the tensors the operator is made of."""
+    with torch.enable_grad():
+        if _denser(op, x):
+            dense = op.dense()
+            back = grad @ dense.detach() if need_x else None
+            return back, torch.autograd.grad(dense, wanted, grad.mT @ x) if wanted else ()
+        inner = x.detach().requires_grad_(need_x)
+        y = op.apply(inner)
+    sources = [inner, *wanted] if need_x else wanted
+    found = torch.autograd.grad(y, sources, grad) if sources else ()
+    return (found[0], found[1:]) if need_x else (None, found)
+
+
+def _again(y: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor) -> Iterator[Tensor | None]:
+    """Gradients that can be differentiated once more (`create_graph`), of a result of the plain formula."""
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return (next(found) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
+
+
+def _act(op: Operator, x: Tensor) -> Tensor:
+    return F.linear(x, op.dense()) if _denser(op, x) else op.apply(x)
+
+
+def _denser(op: Operator, x: Tensor) -> bool:
+    """Whether a step with the dense form costs less: built twice and differentiated, but no part of it run twice."""
+    tokens, build = x.shape[0], op.flops_dense(0)
+    if type(op).apply is Operator.apply:
+        return True
+    return 4 * op.flops(tokens) > 3 * op.flops_dense(tokens) + build
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors that an operator is made of, in a fixed order."""
+    if isinstance(value, Operator):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Tensor):
+        yield value
+
+
+def _shell(value: Any) -> Any:
+    """An operator without its tensors, so that a node that keeps it keeps none of them."""
+    return _mapped(value, lambda _: _HOLE)
+
+
+def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The inverse of `_shell`, given the tensors in the order of `_tensors`."""
+    return _mapped(value, lambda _: next(tensors))
+
+
+_HOLE = object()
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Tensor) or value is _HOLE:
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, change) for item in value)
+    if not isinstance(value, Operator):
+        return value
+    made = object.__new__(type(value))  # not through __init__, which checks the shapes of what is not there
+    made.__dict__.update({f.name: _mapped(getattr(value, f.name), change) for f in fields(value)})
+    return made
+
+
+def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The output of a linear layer under these updates, if there is a fused form for them; else None.
+
+    Args:
+        updates: The stack.
+        base: The frozen layer.
+        x: Input (…, in).
+        weight: W (out, in), with whatever is merged.
+        bias: b (out,), or None.
+    """
+    update = updates[0] if len(updates) == 1 else _together(updates)
+    add = update.inner if isinstance(update, Magnitude) else update
+    if not isinstance(add, (Add, Before)) or not x.is_floating_point() or not x.numel() or weight.requires_grad:
+        return None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
+    if x.dtype != dtype and (not autocast or x.dtype == torch.float64):
+        return None
+    rate = 0.0 if add.dropout is None else add.dropout.p if type(add.dropout) is nn.Dropout else None
+    parts = tuple(_tensors(add.op))
+    if rate is None or not _plain(x, weight, bias, *parts) or (rate and x.device.type == "meta"):
+        return None
+    thin = isinstance(add, Add) and isinstance(add.op, LowRank) and add.op.groups == 1
+    thin = thin and not isinstance(add.op.scale, Tensor)
+    if isinstance(update, Magnitude) and not thin:
+        return None
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        shift = getattr(add, "shift", None)
+        if shift is not None:
+            bias = shift.to(dtype) if bias is None else bias + shift.to(bias.dtype)
+        flat, dropout = x.to(dtype).reshape(-1, x.shape[-1]), Dropout.draw(rate)
+        if isinstance(update, Magnitude):
+            gain = update.gain(base)
+            y = MagnitudeLinear.apply(flat, weight, bias, add.op.down, add.op.up, float(add.op.scale), dropout, gain)
+        elif thin:
+            y = LowRankLinear.apply(flat, weight, bias, add.op.down, add.op.up, float(add.op.scale), dropout)
+        else:
+            y = OperatorLinear.apply(add.op, isinstance(add, Before), dropout, flat, weight, bias, *parts)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _together(updates: list[Update]) -> Update | None:
+    """Several low-rank updates as one, of the sum of their ranks."""
+    downs, ups, shift = [], [], None
+    for update in updates:
+        if not isinstance(update, Add) or not isinstance(update.op, LowRank) or update.op.groups != 1:
+            return None
+        if update.dropout is not None:
+            return None
+        downs.append(update.op.down)
+        ups.append(update.op.up * update.op.scale)
+        shift = update.add_bias(shift, None)  # type: ignore[arg-type]
+    return Add(LowRank(torch.cat(downs), torch.cat(ups, 1)), shift) if downs else None
+
+
+def can_fuse(module: nn.Module, *leaves: Any) -> bool:
+    """Whether nothing watches these modules being called, so that they may be computed past."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0 or nn.modules.module._has_any_global_hook():
+        return False
+    for item in (module, *leaves):
+        if isinstance(item, nn.Module) and (
+            item._forward_hooks or item._forward_pre_hooks or item._backward_hooks or item._backward_pre_hooks
+        ):
+            return False
+    return True
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    return all(t is None or (type(t) in _PLAIN and t.layout is torch.strided) for t in tensors)
