@@ -27,8 +27,8 @@ from peft.updates import Add, Update
 class ShiraConfig(TargetedConfig):
     """SHiRA (arXiv 2406.13175): W + S, S sparse with r (in + out) trained entries, as many as LoRA of rank r has.
 
-    The places are random, or those of your own `mask_fn(base_layer, r, **kwargs)`, set on the config before it is used: it
-    returns a mask shaped as the layer's weight with exactly r (in + out) ones. Files hold the places.
+    The places are random, or those of your own `mask_fn(base_layer, r, **kwargs)`, set on the config before it is used:
+    it returns a mask shaped as the layer's weight with exactly r (in + out) ones. Files hold the places.
 
     Example:
         >>> from peft import ShiraConfig
@@ -100,8 +100,8 @@ class Shira(WeightMethod, peft_type="SHIRA", config=ShiraConfig):
         if found.shape[1] != count:
             where = p.site.key if p.site else host.name
             raise TargetError(
-                f"mask_fn chose {found.shape[1]} entries of {where!r}; with r = {config.r} it has to choose r (in + out) "
-                f"= {count}."
+                f"mask_fn chose {found.shape[1]} entries of {where!r}; with r = {config.r} it has to choose "
+                f"r (in + out) = {count}."
             )
         return found
 

@@ -21,7 +21,7 @@ from peft.updates import Add, Base, Update
 
 @dataclass
 class SupertuningConfig(TargetedConfig):
-    """Super-Tuning (arXiv 2607.09287): W + S, where S trains the entries at which |W| is largest; with `r`, + s B A too.
+    """Super-Tuning (arXiv 2607.09287): W + S, S trained where |W| is largest; with `r`, W + S + s B A (Supra).
 
     A fraction `sparsity` of W stays frozen. s is lora_alpha / r, and lora_alpha 2 r if not given.
 
@@ -94,8 +94,8 @@ class Supertuning(WeightMethod, peft_type="SUPERTUNING", config=SupertuningConfi
         count = int(total * (1 - config.sparsity))
         if count < 1:
             raise TargetError(
-                f"sparsity = {config.sparsity} leaves nothing of the {total} entries of {site.key!r} to train. It may be at "
-                f"most {1 - 1 / total:.6g} there."
+                f"sparsity = {config.sparsity} leaves nothing of the {total} entries of {site.key!r} to train. It may "
+                f"be at most {1 - 1 / total:.6g} there."
             )
         alpha = config.lora_alpha if config.lora_alpha is not None else 2 * (config.r or 0)
         return {
