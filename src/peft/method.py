@@ -57,6 +57,8 @@ class WeightMethod:
     dropout: ClassVar[str | None] = None
     """Config field, and dict on the layer, of the dropout on the adapter's input."""
     mergeable: ClassVar[bool] = True
+    fallback_targets: ClassVar[str | None] = None
+    """`target_modules` for architectures of which no default is known; None: the user has to say."""
     samples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Options of configs that suit tiny layers (sides of 8, 12 and 24, vocabulary 12), one per variant: the contract
     suite (`peft.testing`) tries the method with each. Where the config has `r`, `{"r": 2}` is understood."""

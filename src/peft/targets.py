@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft import patterns
+from peft import patterns, registry
 from peft.config import PeftType, TargetedConfig
 from peft.errors import NoMatchingPeftModuleError, TargetError, nearest
 from peft.hosts import host_class
@@ -158,7 +158,7 @@ def complete(config: TargetedConfig, model: nn.Module) -> None:
         return
     kind = PeftType(config.peft_type).value
     known = model_type(model)
-    found = default_targets(kind, known) if known else None
+    found = (default_targets(kind, known) if known else None) or registry.method(kind).fallback_targets
     if found is None:
         linear = sorted({key.rpartition(".")[2] for key in linear_modules(model)})[:12]
         hint = f" Names of its linear layers: {linear}." if linear else ""

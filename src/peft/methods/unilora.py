@@ -24,8 +24,8 @@ from peft.updates import Add, Update
 class UniLoraConfig(TargetedConfig):
     """Uni-LoRA (arXiv 2506.00799): W + B A, where every entry of A (r, in) and B (out, r) is one of few numbers.
 
-    θ has `theta_d_length` of them. Which one is where is drawn from `proj_seed`, evenly over the whole model; an entry is θ[i] / sqrt(how often i is used),
-    which makes the map from θ to all entries an isometry. The file holds θ alone.
+    θ has `theta_d_length` numbers. Which entry is which of them is drawn from `proj_seed`, evenly over the whole model;
+    it is θ[i] / sqrt(how often i is used), so the map from θ to all entries is an isometry. The file holds θ alone.
 
     Example:
         >>> from peft import UniLoraConfig
