@@ -61,7 +61,7 @@ class WeightMethod:
     """`target_modules` for architectures of which no default is known; None: the user has to say."""
     samples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Options of configs that suit tiny layers (sides of 8, 12 and 24, vocabulary 12), one per variant: the contract
-    suite (`peft.testing`) tries the method with each. Where the config has `r`, `{"r": 2}` is understood."""
+    suite (`peft.testing`) tries the method with each."""
     tuner_methods: ClassVar[dict[str, Any]] = {}
     """Functions that the method's tuner class (`AdaLoraModel`) offers beyond those that all have."""
     class_name: ClassVar[str] = ""

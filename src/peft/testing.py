@@ -199,9 +199,8 @@ class Report:
 
 def samples(peft_type: str) -> list[TargetedConfig]:
     """Small configs of a method, one per variant: those that it names in `WeightMethod.samples`."""
-    cls, method = registry.config_class(peft_type), registry.method(peft_type)
-    base = {"r": 2} if any(f.name == "r" for f in fields(cls)) else {}
-    return [cls(**{**base, **options}) for options in method.samples]
+    cls = registry.config_class(peft_type)
+    return [cls(**options) for options in registry.method(peft_type).samples]
 
 
 def check_method(

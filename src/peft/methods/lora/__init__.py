@@ -35,12 +35,12 @@ class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
     settings = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias")
     dropout = "lora_dropout"
     samples = (
-        {},
-        {"use_rslora": True, "lora_alpha": 3},
-        {"use_dora": True},
-        {"lora_bias": True},
-        {"init_lora_weights": False},
-        {"init_lora_weights": "gaussian"},
+        {"r": 2},
+        {"r": 2, "use_rslora": True, "lora_alpha": 3},
+        {"r": 2, "use_dora": True},
+        {"r": 2, "lora_bias": True},
+        {"r": 2, "init_lora_weights": False},
+        {"r": 2, "init_lora_weights": "gaussian"},
     )
 
     def resolve(self, config: LoraConfig, host: Host, site: Site) -> dict[str, Any]:
