@@ -333,18 +333,20 @@ def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Te
     add = update.inner if isinstance(update, Magnitude) else update
     if not isinstance(add, (Add, Before)) or not x.is_floating_point() or not x.numel() or weight.requires_grad:
         return None
+    if x.device.type == "meta":
+        return None
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
     if x.dtype != dtype and (not autocast or x.dtype == torch.float64):
         return None
     rate = 0.0 if add.dropout is None else add.dropout.p if type(add.dropout) is nn.Dropout else None
     parts = tuple(_tensors(add.op))
-    if rate is None or not _plain(x, weight, bias, *parts) or (rate and x.device.type == "meta"):
+    if rate is None or not _plain(x, weight, bias, *parts):
         return None
     thin = isinstance(add, Add) and isinstance(add.op, LowRank) and add.op.groups == 1
     thin = thin and not isinstance(add.op.scale, Tensor)
-    if isinstance(update, Magnitude) and not thin:
-        return None
+    if isinstance(update, Magnitude) and (not thin or weight.data_ptr() != base.weight.data_ptr()):
+        return None  # magnitudes are those of the frozen weight, whatever is merged into this one
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         shift = getattr(add, "shift", None)
         if shift is not None:
