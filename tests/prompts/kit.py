@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, and the least that a model with prompts must be."""
+"""Tiny random models of many architectures, and models with prompts made of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from peft import prompts
+from peft import PeftConfig, PeftModel, get_peft_model
 
 VOCABULARY, WIDTH, LAYERS, HEADS, TOKENS = 64, 32, 2, 4, 3
 
@@ -72,7 +72,11 @@ ENCODERS = {
 def make(name: str, head: str = "", **changes) -> nn.Module:
     """A model in eval mode, the same each time. `head` is the end of the class name."""
     table, default = (
-        (CAUSAL, "ForCausalLM") if name in CAUSAL else (SEQ2SEQ, "ForConditionalGeneration") if name in SEQ2SEQ else (ENCODERS, "Model")
+        (CAUSAL, "ForCausalLM")
+        if name in CAUSAL
+        else (SEQ2SEQ, "ForConditionalGeneration")
+        if name in SEQ2SEQ
+        else (ENCODERS, "Model")
     )
     family, sizes = table[name]
     config = getattr(transformers, family + "Config")(**(sizes | changes))
@@ -81,31 +85,17 @@ def make(name: str, head: str = "", **changes) -> nn.Module:
     return getattr(transformers, family + head)(config).eval()
 
 
-class Model(nn.Module):
-    """A base model with prompt adapters."""
+def adapted(base: nn.Module, **configs: PeftConfig) -> PeftModel:
+    """A model with prompt adapters, the first one active, in eval mode."""
+    (name, config), *others = configs.items()
+    model = get_peft_model(base, config, adapter_name=name)
+    for name, config in others:
+        model.add_adapter(name, config)
+    return model.eval()
 
-    def __init__(self, base: nn.Module, **configs) -> None:
-        super().__init__()
-        self.base_model = base
-        self.peft_config = configs
-        self.prompt_encoder = nn.ModuleDict({name: prompts.build(config, base) for name, config in configs.items()})
-        self.active_adapters = list(configs)[:1]
-        for parameter in base.parameters():
-            parameter.requires_grad_(False)
-        self.eval()
 
-    def get_base_model(self) -> nn.Module:
-        return self.base_model
-
-    def forward(self, *args, **kwargs):
-        return prompts.forward(self, *args, **kwargs)
-
-    def generate(self, *args, **kwargs):
-        return prompts.generate(self, *args, **kwargs)
-
-    @property
-    def encoder(self) -> nn.Module:
-        return self.prompt_encoder[self.active_adapters[0]]
+def encoder(model: PeftModel) -> nn.Module:
+    return model.prompt_encoder[model.active_adapters[0]]
 
 
 def batch(rows: int = 2, length: int = 6, padded: str | None = "left") -> dict[str, torch.Tensor]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
+from threading import Thread
 
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
+from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, initialize_kv_prefix_from_past_key_values
 from peft.errors import StateError, UnsupportedError
-from peft.prompts._tools import initialize_kv_prefix_from_past_key_values
-from peft.prompts.cartridge import CartridgeConfig
-from peft.prompts.prefix_tuning import PrefixTuningConfig
 
-from .kit import CAUSAL, ENCODERS, SEQ2SEQ, TOKENS, VOCABULARY, Model, batch, make
+from .kit import CAUSAL, ENCODERS, SEQ2SEQ, TOKENS, VOCABULARY, adapted, batch, encoder, make
 
 CONTEXT = torch.tensor([[5, 9, 11]])
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -23,9 +22,9 @@ def prefix(**changes) -> PrefixTuningConfig:
     return PrefixTuningConfig(**({"task_type": "CAUSAL_LM", "num_virtual_tokens": TOKENS} | changes))
 
 
-def with_context(base: torch.nn.Module, config=None) -> Model:
+def with_context(base: torch.nn.Module, config=None) -> PeftModel:
     """A model whose prefix is the cache of CONTEXT: by definition, `model(x)` is then `base(CONTEXT + x)`."""
-    model = Model(base, context=config or prefix())
+    model = adapted(base, context=config or prefix())
     with torch.no_grad():
         cache = base(CONTEXT, use_cache=True).past_key_values
     initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
@@ -115,7 +114,7 @@ def test_every_attention_implementation(name, attention):
     torch.testing.assert_close(model(**inputs).logits[real], want[real], **CLOSE)
 
 
-def gradients(model: Model, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(model: PeftModel, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = model(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
@@ -127,7 +126,7 @@ def gradients(model: Model, inputs: dict) -> tuple[torch.Tensor, dict[str, torch
 @pytest.mark.parametrize("projection", [False, True])
 def test_gradient_checkpointing_changes_nothing(name, reentrant, projection):
     task = "SEQ_2_SEQ_LM" if name in SEQ2SEQ else "CAUSAL_LM"
-    model, inputs = Model(make(name), p=prefix(task_type=task, prefix_projection=projection)), batch()
+    model, inputs = adapted(make(name), p=prefix(task_type=task, prefix_projection=projection)), batch()
     loss, plain = gradients(model, inputs)
     model.base_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
@@ -139,10 +138,10 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant, projection):
         torch.testing.assert_close(checkpointed[key], gradient, **CLOSE)
 
 
-def by_hand(model: Model, rows: int) -> DynamicCache:
+def by_hand(model: PeftModel, rows: int) -> DynamicCache:
     cache = DynamicCache()
-    for layer in range(model.encoder.num_layers):
-        keys, values = model.encoder.layer(layer)
+    for layer in range(encoder(model).num_layers):
+        keys, values = encoder(model).layer(layer)
         cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
     return cache
 
@@ -150,7 +149,7 @@ def by_hand(model: Model, rows: int) -> DynamicCache:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon"])
 @pytest.mark.parametrize("projection", [False, True])
 def test_gradients_are_those_through_a_cache_filled_by_hand(name, projection):
-    model, inputs = Model(make(name), p=prefix(prefix_projection=projection)), batch()
+    model, inputs = adapted(make(name), p=prefix(prefix_projection=projection)), batch()
     loss, found = gradients(model, inputs)
     model.zero_grad()
     mask = torch.cat([torch.ones(2, TOKENS, dtype=torch.long), inputs["attention_mask"]], 1)
@@ -165,7 +164,7 @@ def test_gradients_are_those_through_a_cache_filled_by_hand(name, projection):
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_seq2seq_prefix_stands_in_the_decoder(name):
     base = make(name)
-    model, inputs = Model(base, p=prefix(task_type="SEQ_2_SEQ_LM")), batch()
+    model, inputs = adapted(base, p=prefix(task_type="SEQ_2_SEQ_LM")), batch()
     targets = batch(length=4, padded=None)["input_ids"]
     cache = EncoderDecoderCache(by_hand(model, 2), DynamicCache())
     want = base(**inputs, labels=targets, past_key_values=cache)
@@ -178,7 +177,7 @@ def test_seq2seq_prefix_stands_in_the_decoder(name):
 @pytest.mark.parametrize("name", SEQ2SEQ)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
 def test_seq2seq_generate_is_a_greedy_loop(name, how):
-    model, inputs = Model(make(name), p=prefix(task_type="SEQ_2_SEQ_LM")), batch()
+    model, inputs = adapted(make(name), p=prefix(task_type="SEQ_2_SEQ_LM")), batch()
     got = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, **how)
     if "num_beams" in how:
         assert got.shape == (2, 5)
@@ -191,11 +190,19 @@ def test_seq2seq_generate_is_a_greedy_loop(name, how):
     assert torch.equal(got, ids)
 
 
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "Model": "FEATURE_EXTRACTION",
+}
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"])
+@pytest.mark.parametrize("head", TASKS)
 def test_encoders(name, head):
     base = make(name, head)
-    model, inputs = Model(base, p=prefix(task_type=None)), batch(padded="right")
+    model, inputs = adapted(base, p=prefix(task_type=TASKS[head])), batch(padded="right")
     stack = getattr(base, name, base)
     mask = torch.cat([torch.ones(2, TOKENS, dtype=torch.long), inputs["attention_mask"]], 1)
     want = stack(inputs["input_ids"], attention_mask=mask, past_key_values=by_hand(model, 2)).last_hidden_state
@@ -205,34 +212,40 @@ def test_encoders(name, head):
     handle.remove()
     torch.testing.assert_close(seen[0], want, **CLOSE)
     output[0].sum().backward()
-    assert model.encoder.embedding.weight.grad.abs().sum() > 0
+    assert encoder(model).embedding.weight.grad.abs().sum() > 0
 
 
 def test_models_without_a_cache_say_so():
     with pytest.raises(UnsupportedError, match="Prompt tuning and P-tuning work"):
-        Model(make("deberta"), p=prefix(task_type="FEATURE_EXTRACTION"))
+        adapted(make("deberta"), p=prefix(task_type="FEATURE_EXTRACTION"))
     assert "deberta" in ENCODERS
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "falcon_alibi"])
 def test_each_sample_may_have_its_own_prefix(name):
     base = make(name)
-    model = Model(base, a=prefix(), b=prefix(num_virtual_tokens=5), c=CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model = adapted(
+        base, a=prefix(), b=prefix(num_virtual_tokens=5), c=CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
     inputs = batch(rows=4)
     names = ["b", "__base__", "a", "c"]
     together = model(**inputs, adapter_names=names).logits
-    written = model.generate(**inputs, adapter_names=names, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
+    written = model.generate(
+        **inputs, adapter_names=names, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0
+    )
     for i, adapter in enumerate(names):
         row = {key: value[i : i + 1] for key, value in inputs.items()}
         real = row["attention_mask"][0].bool()
         alone = model(**row, adapter_names=[adapter])
         torch.testing.assert_close(together[i][real], alone.logits[0][real], **CLOSE)
-        lone = model.generate(**row, adapter_names=[adapter], max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
+        lone = model.generate(
+            **row, adapter_names=[adapter], max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0
+        )
         assert torch.equal(written[i, : lone.shape[1]], lone[0])
 
 
 def test_wrong_adapter_names():
-    model = Model(make("llama"), right=prefix())
+    model = adapted(make("llama"), right=prefix())
     with pytest.raises(KeyError, match="Did you mean 'right'"):
         model(**batch(), adapter_names=["rigt", "right"])
     with pytest.raises(StateError, match="one for each"):
@@ -241,18 +254,18 @@ def test_wrong_adapter_names():
 
 def test_two_prefixes_in_a_row_are_one_longer_prefix():
     base = make("llama")
-    model = Model(base, a=prefix(), b=prefix(), both=prefix(num_virtual_tokens=2 * TOKENS))
+    model = adapted(base, a=prefix(), b=prefix(), both=prefix(num_virtual_tokens=2 * TOKENS))
     encoders = model.prompt_encoder
     encoders["both"].load_tensors({"prompt_embeddings": torch.cat([encoders["a"].rows(), encoders["b"].rows()])})
-    model.active_adapters = ["both"]
+    model.set_adapter("both")
     want = model(**batch()).logits
-    model.active_adapters = ["a", "b"]
+    model.set_adapter(["a", "b"])
     torch.testing.assert_close(model(**batch()).logits, want, **CLOSE)
 
 
 def test_the_base_model_is_as_it_was():
     untouched, base = make("llama"), make("llama")
-    model = Model(base, p=prefix())
+    model = adapted(base, p=prefix())
     inputs = batch()
     model(**inputs)
     model.generate(**inputs, max_new_tokens=2)
@@ -263,9 +276,7 @@ def test_the_base_model_is_as_it_was():
 
 
 def test_copies_and_threads_do_not_meet():
-    from threading import Thread
-
-    model, inputs = Model(make("llama"), a=prefix(), b=prefix()), batch(padded=None)
+    model, inputs = adapted(make("llama"), a=prefix(), b=prefix()), batch(padded=None)
     twin = copy.deepcopy(model)
     want = {name: model(**inputs, adapter_names=[name] * 2).logits for name in "ab"}
     torch.testing.assert_close(twin(**inputs, adapter_names=["b"] * 2).logits, want["b"])
@@ -293,7 +304,7 @@ def test_compiles_into_one_graph():
 
 
 def test_half_precision_models_keep_their_dtype():
-    model = Model(make("llama").to(torch.bfloat16), p=prefix())
-    assert model.encoder.embedding.weight.dtype == torch.float32
+    model = adapted(make("llama").to(torch.bfloat16), p=prefix())
+    assert encoder(model).embedding.weight.dtype == torch.float32
     assert model(**batch()).logits.dtype == torch.bfloat16
-    assert VOCABULARY == model(**batch()).logits.shape[-1]
+    assert model(**batch()).logits.shape[-1] == VOCABULARY

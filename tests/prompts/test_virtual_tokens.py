@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peft import (
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from peft.errors import ConfigError, UnsupportedError
-from peft.prompts.cpt import CPTConfig, cpt_loss
-from peft.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig
-from peft.prompts.p_tuning import PromptEncoderConfig
-from peft.prompts.prefix_tuning import PrefixTuningConfig
-from peft.prompts.prompt_tuning import PromptTuningConfig
+from peft.prompts.cpt import cpt_loss
 
-from .kit import CAUSAL, SEQ2SEQ, TOKENS, VOCABULARY, Model, batch, make
+from .kit import CAUSAL, SEQ2SEQ, TOKENS, VOCABULARY, adapted, batch, encoder, make
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -21,11 +25,11 @@ def config(kind=PromptTuningConfig, **changes):
     return kind(**({"task_type": "CAUSAL_LM", "num_virtual_tokens": TOKENS} | changes))
 
 
-def by_hand(model: Model, inputs: dict) -> dict:
+def by_hand(model: PeftModel, inputs: dict) -> dict:
     """The inputs with the prompt's embeddings concatenated before them."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     embeds = model.base_model.get_input_embeddings()(ids)
-    prompt = model.encoder.rows()[:TOKENS].expand(len(ids), -1, -1)
+    prompt = encoder(model).rows()[:TOKENS].expand(len(ids), -1, -1)
     return {
         "inputs_embeds": torch.cat([prompt, embeds], 1),
         "attention_mask": torch.cat([torch.ones(len(ids), TOKENS, dtype=torch.long), mask], 1),
@@ -39,16 +43,16 @@ def labelled(ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
 def test_causal_forward_and_gradient(name, kind):
-    model, inputs = Model(make(name), p=config(kind)), batch()
+    model, inputs = adapted(make(name), p=config(kind)), batch()
     got = model(**inputs, labels=inputs["input_ids"])
     got.loss.backward()
-    gradient = model.encoder.embedding.weight.grad.clone()
+    gradient = encoder(model).embedding.weight.grad.clone()
     model.zero_grad()
     want = model.base_model(**by_hand(model, inputs), labels=labelled(inputs["input_ids"]))
     want.loss.backward()
     torch.testing.assert_close(got.logits, want.logits, **CLOSE)
     torch.testing.assert_close(got.loss, want.loss, **CLOSE)
-    torch.testing.assert_close(gradient, model.encoder.embedding.weight.grad, **CLOSE)
+    torch.testing.assert_close(gradient, encoder(model).embedding.weight.grad, **CLOSE)
 
 
 HOW = [{}, {"use_cache": False}, {"num_beams": 2}, {"do_sample": True}, {"cache_implementation": "static"}]
@@ -60,7 +64,7 @@ HOW = [{}, {"use_cache": False}, {"num_beams": 2}, {"do_sample": True}, {"cache_
     ids=str,
 )
 def test_causal_generate(name, how):
-    model, inputs = Model(make(name), p=config()), batch()
+    model, inputs = adapted(make(name), p=config()), batch()
     how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **how}
     by_hand_how = how | {"use_cache": True}
     torch.manual_seed(0)
@@ -72,7 +76,7 @@ def test_causal_generate(name, how):
 
 
 def test_padding_does_not_change_what_is_generated():
-    model = Model(make("llama"), p=config())
+    model = adapted(make("llama"), p=config())
     ids = torch.tensor([[7, 8, 9]])
     alone = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     padded = {"input_ids": torch.tensor([[0, 0, 7, 8, 9]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
@@ -80,7 +84,7 @@ def test_padding_does_not_change_what_is_generated():
 
 
 def test_generate_in_training_with_checkpointing():
-    model, inputs = Model(make("llama"), p=config()), batch()
+    model, inputs = adapted(make("llama"), p=config()), batch()
     want = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     model.base_model.gradient_checkpointing_enable()
     model.train()
@@ -89,8 +93,8 @@ def test_generate_in_training_with_checkpointing():
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_seq2seq(name):
-    model, inputs = Model(make(name), p=config(task_type="SEQ_2_SEQ_LM")), batch()
-    assert model.encoder.embedding.weight.shape[0] == 2 * TOKENS
+    model, inputs = adapted(make(name), p=config(task_type="SEQ_2_SEQ_LM")), batch()
+    assert encoder(model).embedding.weight.shape[0] == 2 * TOKENS
     targets = batch(length=4, padded=None)["input_ids"]
     want = model.base_model(**by_hand(model, inputs), labels=targets)
     got = model(**inputs, labels=targets)
@@ -103,7 +107,10 @@ def test_seq2seq(name):
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
 def test_token_classification_and_segments(name):
-    model, inputs = Model(make(name, "ForTokenClassification"), p=config(task_type="TOKEN_CLS")), batch(padded="right")
+    model, inputs = (
+        adapted(make(name, "ForTokenClassification"), p=config(task_type="TOKEN_CLS")),
+        batch(padded="right"),
+    )
     labels = inputs["input_ids"] % 2
     segments = torch.zeros_like(labels)
     if name != "roberta":
@@ -117,7 +124,7 @@ def test_token_classification_and_segments(name):
 
 @pytest.mark.parametrize("name", ["bert", "deberta"])
 def test_question_answering_moves_the_span(name):
-    model, inputs = Model(make(name, "ForQuestionAnswering"), p=config(task_type="QUESTION_ANS")), batch(padded=None)
+    model, inputs = adapted(make(name, "ForQuestionAnswering"), p=config(task_type="QUESTION_ANS")), batch(padded=None)
     start, end = torch.tensor([0, 2]), torch.tensor([1, 5])
     got = model(**inputs, start_positions=start, end_positions=end)
     want = torch.nn.functional.cross_entropy(got.start_logits[:, TOKENS:], start)
@@ -130,10 +137,10 @@ def test_question_answering_moves_the_span(name):
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
 def test_sequence_classification_and_features(name):
     inputs = batch(padded="right")
-    model = Model(make(name, "ForSequenceClassification"), p=config(task_type="SEQ_CLS"))
+    model = adapted(make(name, "ForSequenceClassification"), p=config(task_type="SEQ_CLS"))
     got, want = model(**inputs, labels=torch.tensor([0, 1])), model.base_model(**by_hand(model, inputs))
     torch.testing.assert_close(got.logits, want.logits, **CLOSE)
-    features = Model(make(name), p=config(task_type="FEATURE_EXTRACTION"))
+    features = adapted(make(name), p=config(task_type="FEATURE_EXTRACTION"))
     want = features.base_model(**by_hand(features, inputs)).last_hidden_state
     torch.testing.assert_close(features(**inputs).last_hidden_state, want, **CLOSE)
 
@@ -141,29 +148,29 @@ def test_sequence_classification_and_features(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
 def test_causal_classifiers_find_the_last_token(name):
     extra = {"pad_token_id": 0}
-    model = Model(make(name, "ForSequenceClassification", **extra), p=config(task_type="SEQ_CLS"))
+    model = adapted(make(name, "ForSequenceClassification", **extra), p=config(task_type="SEQ_CLS"))
     short = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     padded = {"input_ids": torch.tensor([[7, 8, 9, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
     want = model.base_model(**by_hand(model, short)).logits
     torch.testing.assert_close(model(**short).logits, want, **CLOSE)
     torch.testing.assert_close(model(**padded).logits, want, **CLOSE)
     model(**padded, labels=torch.tensor([1])).loss.backward()
-    assert model.encoder.embedding.weight.grad.abs().sum() > 0
+    assert encoder(model).embedding.weight.grad.abs().sum() > 0
 
 
 def test_positions_of_the_caller_move_along():
-    model, inputs = Model(make("gpt2"), p=config()), batch(padded=None)
+    model, inputs = adapted(make("gpt2"), p=config()), batch(padded=None)
     positions = torch.tensor([[4, 5, 6, 7, 8, 9]]).expand(2, -1)
     whole = torch.cat([torch.arange(TOKENS).expand(2, -1), positions + TOKENS], 1)
     want = model.base_model(**by_hand(model, inputs), position_ids=whole).logits
     torch.testing.assert_close(model(**inputs, position_ids=positions).logits, want, **CLOSE)
     with pytest.warns(UserWarning, match="takes no token_type_ids"):
-        Model(make("llama"), p=config())(**inputs, token_type_ids=torch.zeros(2, 6, dtype=torch.long))
+        adapted(make("llama"), p=config())(**inputs, token_type_ids=torch.zeros(2, 6, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_each_sample_may_have_its_own_prompt(name):
-    model = Model(make(name), a=config(), b=config(num_virtual_tokens=5))
+    model = adapted(make(name), a=config(), b=config(num_virtual_tokens=5))
     inputs, names = batch(rows=3), ["b", "__base__", "a"]
     together = model(**inputs, adapter_names=names).logits
     written = model.generate(**inputs, adapter_names=names, max_new_tokens=3, do_sample=False, pad_token_id=0)
@@ -178,16 +185,16 @@ def test_each_sample_may_have_its_own_prompt(name):
 
 
 def test_kinds_do_not_mix_in_one_batch():
-    model = Model(make("llama"), a=config(), b=config(PrefixTuningConfig))
+    model = adapted(make("llama"), a=config(), b=config(PrefixTuningConfig))
     with pytest.raises(UnsupportedError, match="two calls"):
         model(**batch(), adapter_names=["a", "b"])
 
 
 def test_multitask_prompts_are_the_shared_prompt_times_the_task():
-    model = Model(make("llama"), p=config(MultitaskPromptTuningConfig, num_tasks=3, num_ranks=2))
-    encoder, inputs = model.encoder, batch()
+    model = adapted(make("llama"), p=config(MultitaskPromptTuningConfig, num_tasks=3, num_ranks=2))
+    shared, inputs = encoder(model), batch()
     tasks = torch.tensor([2, 0])
-    prompts = [encoder.embedding.weight * (encoder.prefix_task_cols[t] @ encoder.prefix_task_rows[t]) for t in tasks]
+    prompts = [shared.embedding.weight * (shared.prefix_task_cols[t] @ shared.prefix_task_rows[t]) for t in tasks]
     hand = by_hand(model, inputs)
     hand["inputs_embeds"] = torch.cat([torch.stack(prompts), hand["inputs_embeds"][:, TOKENS:]], 1)
     torch.testing.assert_close(model(**inputs, task_ids=tasks).logits, model.base_model(**hand).logits, **CLOSE)
@@ -205,20 +212,22 @@ CPT = {
 
 
 def test_cpt_starts_at_the_examples_and_stays_near():
-    model = Model(make("llama"), p=CPTConfig(**CPT))
+    model = adapted(make("llama"), p=CPTConfig(**CPT))
     words = model.base_model.get_input_embeddings().weight[torch.tensor(CPT["cpt_token_ids"])]
-    torch.testing.assert_close(model.encoder.rows(), words)
+    torch.testing.assert_close(encoder(model).rows(), words)
     with torch.no_grad():
-        model.encoder.delta_embedding.weight.normal_()
-    moved = (model.encoder.rows() - words).norm(dim=1)
+        encoder(model).delta_embedding.weight.normal_()
+    moved = (encoder(model).rows() - words).norm(dim=1)
     radius = 0.1 * (32 / 2048) ** 0.5
     torch.testing.assert_close(moved, torch.tensor([radius, radius, radius, 0.0, 0.0]), atol=1e-6, rtol=1e-4)
     model.train()
     inputs, types = batch(padded=None), torch.tensor([[1, 2, 2, 3, 4, 4]]).expand(2, -1)
     model(**inputs, labels=inputs["input_ids"], input_type_mask=types).loss.backward()
-    assert (model.encoder.delta_embedding.weight.grad[:3].abs().sum(1) > 0).all()
-    assert (model.encoder.delta_embedding.weight.grad[3:] == 0).all()
-    assert (model.encoder.delta_embedding.weight[:3].norm(dim=1) <= radius * 1.001).all(), "the step itself is projected"
+    assert (encoder(model).delta_embedding.weight.grad[:3].abs().sum(1) > 0).all()
+    assert (encoder(model).delta_embedding.weight.grad[3:] == 0).all()
+    assert (encoder(model).delta_embedding.weight[:3].norm(dim=1) <= radius * 1.001).all(), (
+        "the step itself is projected"
+    )
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5])
@@ -235,7 +244,7 @@ def test_cpt_loss_counts_every_label_and_weighs_old_examples_down(decay):
 
 def test_virtual_tokens_do_not_survive_their_call():
     untouched, base = make("llama"), make("llama")
-    model, inputs = Model(base, p=config()), batch()
+    model, inputs = adapted(base, p=config()), batch()
     model(**inputs)
     model.generate(**inputs, max_new_tokens=2)
     assert torch.equal(base(**inputs).logits, untouched(**inputs).logits)
@@ -243,7 +252,7 @@ def test_virtual_tokens_do_not_survive_their_call():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
-    model, inputs = Model(make("llama"), p=config(PromptEncoderConfig)), batch()
+    model, inputs = adapted(make("llama"), p=config(PromptEncoderConfig)), batch()
     grads = []
     for checkpointing in (False, True):
         if checkpointing:

@@ -6,7 +6,7 @@ prefix tuning and cartridges make keys and values (`KeyValues`). Where prompts a
 This is all that a model with prompts has to call. `model` is anything with `get_base_model()`, `prompt_encoder` (a
 ModuleDict by adapter name), `peft_config` (configs by adapter name) and `active_adapters` (a list of names):
 
-    encoder = prompts.build(config, base_model)       # fills in the config's sizes; base_model is otherwise unchanged
+    encoder = prompts.build(config, base_model, fresh=True)   # fills in the config's sizes; fresh=False before loading
     prompts.forward(model, *args, **kwargs)           # understands adapter_names=, task_ids=, input_type_mask=
     prompts.generate(model, *args, **kwargs)
     prompts.get_prompt(model, batch_size, task_ids)   # the prompt alone, as HF PEFT's method of that name

@@ -33,8 +33,8 @@ class Scope:
     Attributes:
         site: Of the model that is called.
         rows: The prompts.
-        virtual: They are put before the embeddings inside the stack, and cut off its output; otherwise they are joined as
-            keys and values.
+        virtual: They are put before the embeddings inside the stack, and cut off its output; otherwise they are joined
+            as keys and values.
         side: Which virtual tokens, see `VirtualTokens.tokens`.
         view: The cache view of the forward that is running, for layers that are checkpointed.
     """
@@ -47,8 +47,8 @@ class Scope:
 
 
 class _Thread(threading.local):
-    # Not a ContextVar: torch.compile traces thread locals, and a forward never changes threads (a checkpointed layer that
-    # is recomputed by an autograd thread has the view among its arguments).
+    # Not a ContextVar: torch.compile traces thread locals, and a forward never changes threads (a checkpointed layer
+    # that is recomputed by an autograd thread has the view among its arguments).
     scope: Scope | None = None
 
 
@@ -124,8 +124,8 @@ def site_of(base_model: nn.Module) -> Site:
         stack = _geometry.attention_stack(base_model)
         if stack is None:
             raise UnsupportedError(
-                f"{type(base_model).__name__} has no module that takes past_key_values and inputs_embeds, so there are no "
-                "keys and values to put a prefix before. Prompt tuning and P-tuning work on such models in forward; "
+                f"{type(base_model).__name__} has no module that takes past_key_values and inputs_embeds, so there are "
+                "no keys and values to put a prefix before. Prompt tuning and P-tuning work on such models in forward; "
                 "prefix tuning, cartridges, and generate() with virtual tokens need a key/value cache."
             )
         found = base_model.__dict__[_SITE] = Site(stack)
@@ -243,8 +243,8 @@ def _uses_cache(stack: nn.Module, kwargs: dict, accepts: tuple[str, ...]) -> boo
 class _Restoring:
     """A checkpoint function that hands checkpointed layers the prompt.
 
-    transformers takes the cache away from a layer that is checkpointed, since replaying the layer would fill it twice. A
-    view without a real cache holds nothing, so it may be replayed.
+    transformers takes the cache away from a layer that is checkpointed, since replaying the layer would fill it twice.
+    A view without a real cache holds nothing, so it may be replayed.
     """
 
     def __init__(self, function: Any, accepts: tuple[str, ...]) -> None:

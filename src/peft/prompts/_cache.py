@@ -1,8 +1,8 @@
 """Caches that begin with a prompt: the keys and values of a prompt, joined to those of any transformers cache.
 
-Attention layers hand their keys and values to a cache and go on with what it returns; masks and positions are built from
-the length that it reports. A view that reports `prompt + real` and returns `[prompt, real]` is therefore all that a
-prefix needs, whatever the real cache is, or if there is none at all.
+Attention layers hand their keys and values to a cache and go on with what it returns; masks and positions are built
+from the length that it reports. A view that reports `prompt + real` and returns `[prompt, real]` is therefore all that
+a prefix needs, whatever the real cache is, or if there is none at all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from peft.prompts._prefix import Rows
-
 
 _COUNTS_QUERIES = hasattr(Cache, "get_query_offset")  # transformers 5
 
@@ -57,7 +56,7 @@ class PrefixedCache(Cache):
         return self.length + (0 if self.real is None else self.real.get_query_offset(layer_idx))
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """(key length, position of the first key). transformers 4 gives the positions of the queries for their number."""
+        """(key length, position of the first key). transformers 4 gives the queries' positions, not their number."""
         if self.real is None:
             length, offset = (query_length if isinstance(query_length, int) else len(query_length)), 0
         else:

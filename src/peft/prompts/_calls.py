@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft import registry
+from peft import registry, routing
 from peft.config import PromptLearningConfig, TaskType
 from peft.errors import ConfigError, PeftWarning
 from peft.prompts import _geometry
@@ -20,8 +20,13 @@ from peft.prompts.cpt import CPTConfig, cpt_loss
 IGNORED_LABEL = -100
 
 
-def build(config: PromptLearningConfig, base_model: nn.Module) -> BasePromptEncoder:
+def build(config: PromptLearningConfig, base_model: nn.Module, *, fresh: bool = True) -> BasePromptEncoder:
     """Make the encoder of a config, on the device of the model's embeddings. Fills in the sizes the config leaves open.
+
+    Args:
+        config: Of a prompt method.
+        base_model: What the prompt is for.
+        fresh: False leaves out the start from texts or files, since tensors will be loaded.
 
     Raises:
         ConfigError: a size is missing that the model does not tell.
@@ -29,12 +34,11 @@ def build(config: PromptLearningConfig, base_model: nn.Module) -> BasePromptEnco
     """
     made: type[BasePromptEncoder] = registry.method(config.peft_type.value)
     _geometry.fill_sizes(config, base_model, made)
+    words = _geometry.word_embeddings(base_model)
     if issubclass(made, KeyValues):
         site_of(base_model)
-        encoder = made(config)
-    else:
-        encoder = made(config, _geometry.word_embeddings(base_model))
-    device = next(_geometry.word_embeddings(base_model).parameters()).device
+    encoder = made(config, words if fresh or made.needs_word_embeddings else None)
+    device = next(words.parameters()).device
     on_meta = device.type == "meta" or any(p.is_meta for p in encoder.parameters())
     return encoder if on_meta else encoder.to(device)
 
@@ -111,18 +115,26 @@ def get_prompt(model: Any, batch_size: int, task_ids: Tensor | None = None, max_
 
 def _rows(model: Any, kwargs: dict) -> Rows | None:
     """The prompts of a call; takes the arguments that only choose them out of `kwargs`."""
+    route = routing.current()
+    names, active = kwargs.pop("adapter_names", None), model.active_adapters
+    if route is not None:
+        names, active = names or route.rows, route.names
     return rows_of(
         dict(model.prompt_encoder.items()),
-        model.active_adapters,
-        kwargs.pop("adapter_names", None),
+        active,
+        names,
         kwargs.pop("task_ids", None),
         list(model.peft_config),
     )
 
 
-def _config(model: Any) -> Any:
-    """The config of the first active prompt adapter."""
-    return next(model.peft_config[name] for name in model.active_adapters if name in model.prompt_encoder)
+def _cpt_config(model: Any, rows: Rows) -> CPTConfig | None:
+    """The config of the CPT adapter that all samples of a call have, which brings its own loss."""
+    if rows.of_sample is None and len(rows.stacks[0]) == 1:
+        for name, encoder in model.prompt_encoder.items():
+            if encoder is rows.stacks[0][0] and isinstance(model.peft_config[name], CPTConfig):
+                return model.peft_config[name]
+    return None
 
 
 def _pools_last_token(model: Any, base: nn.Module, accepts: tuple[str, ...], kwargs: dict) -> bool:
@@ -164,8 +176,8 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
     kwargs["inputs_embeds"] = torch.cat([rows.tokens(batch, embeds), embeds], dim=1)
 
     labels = kwargs.get("labels")
-    config = _config(model) if any(name in model.prompt_encoder for name in model.active_adapters) else None
-    if isinstance(config, CPTConfig) and labels is not None:
+    config = _cpt_config(model, rows)
+    if config is not None and labels is not None:
         del kwargs["labels"]
         output = base(**kwargs)
         logits = output[0] if isinstance(output, tuple) else output.logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,15 @@ class BasePromptEncoder(nn.Module):
 
     Args:
         config: Sizes already filled in (see `build`).
-        word_embeddings: Input embedding of the base model, for the encoders that start from real tokens.
+        word_embeddings: Input embedding of the base model, for the encoders that start from real tokens. None leaves
+            the start out, when tensors are going to be loaded anyway.
     """
 
     embedding: nn.Embedding
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that never train."""
+    needs_word_embeddings: ClassVar[bool] = False
+    """Whether the base model's embeddings matter even if the prompt is about to be loaded."""
 
     def __init_subclass__(cls, name: str | None = None, config: type[PromptLearningConfig] | None = None) -> None:
         super().__init_subclass__()
@@ -38,6 +43,13 @@ class BasePromptEncoder(nn.Module):
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
         self.num_virtual_tokens: int = config.num_virtual_tokens
+
+    def requires_grad_(self, requires_grad: bool = True) -> BasePromptEncoder:
+        """Let the encoder train, except for what never does."""
+        super().requires_grad_(requires_grad)
+        for name in self.frozen:
+            self.get_parameter(name).requires_grad_(False)
+        return self
 
     @property
     def reparametrised(self) -> bool:
@@ -111,9 +123,9 @@ class VirtualTokens(BasePromptEncoder):
 class KeyValues(BasePromptEncoder):
     """Base of the encoders whose prompt is joined to the keys and values of every attention layer.
 
-    `rows()` has the shape (num_virtual_tokens, num_layers * 2 * token_dim): slot after slot its keys, then its values, heads
-    outermost. Layer l reads slot l. In encoder-decoders it reads slot 2 l modulo the number of layers, since HF PEFT deals
-    out the slots to self- and cross-attention in turn, and then begins cross-attention without a prefix.
+    `rows()` has the shape (num_virtual_tokens, num_layers * 2 * token_dim): slot after slot its keys, then its values,
+    heads outermost. Layer l reads slot l. In encoder-decoders it reads slot 2 l modulo the number of layers, since HF
+    PEFT deals out the slots to self- and cross-attention in turn, and then begins cross-attention without a prefix.
     """
 
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
@@ -172,8 +184,8 @@ def check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], modu
             raise LoadError(f"{name!r} of {type(module).__name__} stands only in {where}; their configs differ.")
         if found[name].shape != wanted[name].shape:
             raise LoadError(
-                f"size mismatch for {name!r} of {type(module).__name__}: the file holds {tuple(found[name].shape)}, the "
-                f"adapter {tuple(wanted[name].shape)}. Is num_virtual_tokens the same, and the base model?"
+                f"size mismatch for {name!r} of {type(module).__name__}: the file holds {tuple(found[name].shape)}, "
+                f"the adapter {tuple(wanted[name].shape)}. Is num_virtual_tokens the same, and the base model?"
             )
 
 

@@ -45,8 +45,8 @@ def word_embeddings(base_model: nn.Module) -> nn.Module:
     found = lookup() if callable(lookup) else None
     if found is None:
         raise UnsupportedError(
-            f"{type(base_model).__name__} has no get_input_embeddings(), so prompts have nowhere to stand. Prompt methods "
-            "need a model that reads tokens; use a weight method such as LoRA for others."
+            f"{type(base_model).__name__} has no get_input_embeddings(), so prompts have nowhere to stand. Prompt "
+            "methods need a model that reads tokens; use a weight method such as LoRA for others."
         )
     return found
 

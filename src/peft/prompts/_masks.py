@@ -16,8 +16,8 @@ def widened(mask: Any, rows: Rows, view: View, shape: tuple[int, int], device: t
     """`mask` with columns for the prompt.
 
     Args:
-        mask: Of padding, (batch, keys); or prepared, (batch or 1, heads or 1, queries, keys), bool or additive; or a dict
-            of prepared ones by kind of layer; or None.
+        mask: Of padding, (batch, keys); or prepared, (batch or 1, heads or 1, queries, keys), bool or additive; or a
+            dict of prepared ones by kind of layer; or None.
         rows: The prompts.
         view: The cache that begins with them.
         shape: (batch, queries).

@@ -75,7 +75,9 @@ class Rows:
             return made[0].expand(batch, -1, -1)
         return torch.stack([made[s][i if len(made[s]) > 1 else 0] for i, s in enumerate(index)])
 
-    def _stack_tokens(self, stack: Sequence[BasePromptEncoder], task_ids: Tensor | None, like: Tensor, side: int) -> Tensor:
+    def _stack_tokens(
+        self, stack: Sequence[BasePromptEncoder], task_ids: Tensor | None, like: Tensor, side: int
+    ) -> Tensor:
         parts = [encoder.tokens(task_ids, side).to(like) for encoder in stack if isinstance(encoder, VirtualTokens)]
         batch = max((len(part) for part in parts), default=1)
         return _pad(
@@ -98,8 +100,8 @@ class Rows:
         for keys, _ in parts:
             if (keys.shape[0], keys.shape[2]) != (like.shape[1], like.shape[3]):
                 raise UnsupportedError(
-                    f"Layer {layer} has keys of {like.shape[1]} heads of {like.shape[3]}, and the prefix {keys.shape[0]} "
-                    f"heads of {keys.shape[2]}. Set num_attention_heads={like.shape[1]} and token_dim="
+                    f"Layer {layer} has keys of {like.shape[1]} heads of {like.shape[3]}, and the prefix "
+                    f"{keys.shape[0]} heads of {keys.shape[2]}. Set num_attention_heads={like.shape[1]} and token_dim="
                     f"{like.shape[1] * like.shape[3]} in the config of the prefix."
                 )
         empty = like.new_empty(like.shape[1], 0, like.shape[3])
@@ -193,8 +195,8 @@ def _one_kind(rows: Rows) -> Rows:
     kinds = {KeyValues if isinstance(e, KeyValues) else VirtualTokens for stack in rows.stacks for e in stack}
     if len(kinds) > 1:
         raise UnsupportedError(
-            "One call mixes prompts of virtual tokens (prompt tuning, P-tuning, multitask, CPT) with prefixes of keys and "
-            "values (prefix tuning, cartridge). The first lengthen the output and the second do not, so one batch can't "
-            "hold both; run them in two calls."
+            "One call mixes prompts of virtual tokens (prompt tuning, P-tuning, multitask, CPT) with prefixes of keys "
+            "and values (prefix tuning, cartridge). The first lengthen the output and the second do not, so one batch "
+            "can't hold both; run them in two calls."
         )
     return rows

@@ -95,22 +95,22 @@ def initialize_kv_prefix_from_past_key_values(
         known = list(model.peft_config)
         raise AdapterNameError(f"There is no adapter {name!r}.{nearest(name, known)} Adapters: {sorted(known)}.")
     config = model.peft_config[name]
-    encoder = model.prompt_encoder[name] if name in model.prompt_encoder else None
+    encoder = dict(model.prompt_encoder.items()).get(name)
     if not isinstance(encoder, KeyValues):
         raise ConfigError(
             f"Adapter {name!r} must be a CARTRIDGE or PREFIX_TUNING adapter (got {config.peft_type.value})."
         )
     if encoder.reparametrised:
         raise UnsupportedError(
-            "A prefix with prefix_projection=True is what its network makes, and can't begin at given keys and values. Use "
-            "prefix_projection=False."
+            "A prefix with prefix_projection=True is what its network makes, and can't begin at given keys and values. "
+            "Use prefix_projection=False."
         )
     count = num_virtual_tokens or config.num_virtual_tokens
     rows = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=count)
     if rows.shape != encoder.rows().shape:
         raise ConfigError(
-            f"The cache gives a prompt of shape {tuple(rows.shape)}, and adapter {name!r} has {tuple(encoder.rows().shape)}. "
-            "The number of virtual tokens is fixed by the adapter's config."
+            f"The cache gives a prompt of shape {tuple(rows.shape)}, and adapter {name!r} has "
+            f"{tuple(encoder.rows().shape)}. The number of virtual tokens is fixed by the adapter's config."
         )
     encoder.load_tensors({EMBEDDINGS_KEY: rows})
     return encoder.rows().detach()
@@ -120,8 +120,8 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     """The first tokens of a cache in the layout of `prompt_embeddings`.
 
     Args:
-        past_key_values: Cache of one sequence: a transformers cache, or a tuple of (keys, values) for each layer, each of
-            shape (1, heads, length, head_dim).
+        past_key_values: Cache of one sequence: a transformers cache, or a tuple of (keys, values) for each layer, each
+            of shape (1, heads, length, head_dim).
         num_virtual_tokens: How many tokens to take.
 
     Returns:
@@ -137,12 +137,13 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
         for part in pair:
             if part.shape[0] != 1:
                 raise CacheError(
-                    f"past_key_values must be of a single sequence, and holds {part.shape[0]}. Run the model on one text."
+                    f"past_key_values must be of a single sequence, and holds {part.shape[0]}. Run the model "
+                    "on one text."
                 )
             if part.shape[2] < num_virtual_tokens:
                 raise CacheError(
-                    f"Need at least {num_virtual_tokens} cached tokens, got {part.shape[2]}. Give a longer text, or fewer "
-                    "virtual tokens."
+                    f"Need at least {num_virtual_tokens} cached tokens, got {part.shape[2]}. Give a longer text, or "
+                    "fewer virtual tokens."
                 )
             columns.append(part[0, :, :num_virtual_tokens].transpose(0, 1).flatten(1))
     return torch.cat([column.to(columns[0].device) for column in columns], dim=1)
@@ -175,8 +176,8 @@ def compose_cartridge_adapters(
         parts.append(tensors.read(Path(path) / name)[EMBEDDINGS_KEY])
         if parts[-1].shape[1:] != parts[0].shape[1:]:
             raise ConfigError(
-                f"The cartridge at {str(path)!r} has {parts[-1].shape[1]} columns, and the first has {parts[0].shape[1]}; "
-                "they belong to different base models."
+                f"The cartridge at {str(path)!r} has {parts[-1].shape[1]} columns, and the first has "
+                f"{parts[0].shape[1]}; they belong to different base models."
             )
     joined = torch.cat([part.to(parts[0].dtype) for part in parts])
     config = configs[0]
@@ -192,7 +193,7 @@ def compose_cartridge_adapters(
 
 
 def bloom_model_postprocess_past_key_value(past_key_values: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Rearrange a prefix to the layout that BLOOM had before transformers had caches. No longer needed by anything here.
+    """Rearrange a prefix to the layout that BLOOM had before transformers had caches. Nothing here needs it any more.
 
     Args:
         past_key_values: Tensors (2 * layers in all, batch, heads, tokens, head_dim), keys of all layers first.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +40,15 @@ class CartridgeConfig(PromptLearningConfig):
             raise ConfigError(f"num_frozen_tokens must be >= 0, got {self.num_frozen_tokens}.")
         if self.num_virtual_tokens is not None and self.num_frozen_tokens > self.num_virtual_tokens:
             raise ConfigError(
-                f"num_frozen_tokens is {self.num_frozen_tokens}, more than the {self.num_virtual_tokens} tokens there are."
+                f"num_frozen_tokens is {self.num_frozen_tokens}, more than the {self.num_virtual_tokens} tokens "
+                "there are."
             )
 
 
 class CartridgeEncoder(KeyValues, name="cartridge", config=CartridgeConfig):
     """Frozen rows, then trained rows; columns as in `KeyValues`."""
+
+    frozen: ClassVar[tuple[str, ...]] = ("frozen_embedding",)
 
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
         super().__init__(config, word_embeddings)

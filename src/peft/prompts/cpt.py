@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,8 @@ class CPTEmbedding(VirtualTokens, name="cpt", config=CPTConfig):
     """The embeddings of the context (frozen) and how far each has moved (trained, kept inside its ball)."""
 
     radius: Tensor
+    frozen: ClassVar[tuple[str, ...]] = ("embedding.weight",)
+    needs_word_embeddings: ClassVar[bool] = True
 
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
         super().__init__(config, word_embeddings)

@@ -61,12 +61,15 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "SOURCE" in self.prompt_tuning_init.value and not self.inference_mode:
-            if self.prompt_tuning_init_state_dict_path is None:
-                raise ConfigError(
-                    f"prompt_tuning_init={self.prompt_tuning_init.value!r} needs prompt_tuning_init_state_dict_path, the "
-                    "file of the source prompt."
-                )
+        if _has_source(self) and not self.inference_mode and self.prompt_tuning_init_state_dict_path is None:
+            raise ConfigError(
+                f"prompt_tuning_init={self.prompt_tuning_init.value!r} needs prompt_tuning_init_state_dict_path, the "
+                "file of the source prompt."
+            )
+
+
+def _has_source(config: Any) -> bool:
+    return "SOURCE" in config.prompt_tuning_init.value
 
 
 class MultitaskPromptEmbedding(PromptEmbedding, name="multitask_prompt_tuning", config=MultitaskPromptTuningConfig):
@@ -83,14 +86,14 @@ class MultitaskPromptEmbedding(PromptEmbedding, name="multitask_prompt_tuning", 
         self.before_decoder = config.num_transformer_submodules == 2
         self.prefix_task_cols = nn.Parameter(torch.normal(0, 0.02, (tasks, rows, ranks)))
         self.prefix_task_rows = nn.Parameter(torch.normal(0, 0.02, (tasks, ranks, config.token_dim)))
-        if "SOURCE" in config.prompt_tuning_init.value and not config.inference_mode:
+        if word_embeddings is not None and _has_source(config) and not config.inference_mode:
             self._start_from(config)
 
     def tokens(self, task_ids: Tensor | None = None, side: int = 0) -> Tensor:
         if task_ids is None:
             raise ConfigError(
-                "Multitask prompt tuning needs to know the task of each sample: pass task_ids, a tensor of shape (batch,) "
-                f"with values from 0 to {self.num_tasks - 1}."
+                "Multitask prompt tuning needs to know the task of each sample: pass task_ids, a tensor of shape "
+                f"(batch,) with values from 0 to {self.num_tasks - 1}."
             )
         task_ids = task_ids.to(self.prefix_task_cols.device)
         task = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
@@ -121,7 +124,7 @@ class MultitaskPromptEmbedding(PromptEmbedding, name="multitask_prompt_tuning", 
                 start = trained[config.prompt_tuning_init_task, None]
             else:
                 raise ConfigError(
-                    f"prompt_tuning_init_task is {config.prompt_tuning_init_task}, and the source prompt has {len(trained)} "
-                    "tasks, counted from 0."
+                    f"prompt_tuning_init_task is {config.prompt_tuning_init_task}, and the source prompt has "
+                    f"{len(trained)} tasks, counted from 0."
                 )
             put(self, key, start.expand(self.num_tasks, *start.shape[1:]))
