@@ -507,7 +507,9 @@ class PeftModel(nn.Module):
         metadata = {}
         if not config.is_prompt_learning and (sketch := state.base_sketch(self, name)) is not None:
             metadata[fingerprint.METADATA_KEY] = fingerprint.encode(sketch)
-        payload = tensors.encode(values, metadata, pickled=not safe)
+        # Rows without columns are an adapter that has nothing to train (OFT with blocks of one); shards have no rows.
+        empty = {key for key, tensor in values.items() if tensor.dim() > 1 and tensor.shape[0]}
+        payload = tensors.encode(values, metadata, pickled=not safe, allow_empty=empty)
         weights = files.SAFETENSORS_NAME if safe else files.BIN_NAME
         target = folder if name == "default" else folder / name
         files.save(target, {CONFIG_NAME: self._file_config(config).to_json_string(), weights: payload})
