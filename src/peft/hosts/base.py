@@ -116,7 +116,7 @@ class Host:
 
     def out(self, op: Operator, y: Tensor) -> Tensor:
         """`op` on the output features of y."""
-        return op.to(y.dtype).apply(y)
+        return op.to(y.dtype).apply(y).to(y.dtype)  # autocast would give its own dtype
 
     def shift(self, y: Tensor, bias: Tensor | None, sign: int = 1) -> Tensor:
         """y plus or minus a vector over output features."""

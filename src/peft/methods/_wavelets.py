@@ -16,7 +16,6 @@ NAMES = (
 )
 
 
-@cache
 def filters(name: str) -> Tensor:
     """The reconstruction filters (2, L), low pass and high pass, in float64.
 

@@ -70,7 +70,7 @@ class OFT(WeightMethod, peft_type="OFT", config=OFTConfig):
     samples = (
         {"r": 0, "oft_block_size": 4},
         {"oft_block_size": 0, "r": 2, "use_cayley_neumann": False},
-        {"r": 0, "oft_block_size": 2, "block_share": True, "coft": True, "eps": 0.1, "init_weights": False},
+        {"r": 0, "oft_block_size": 4, "block_share": True, "coft": True, "eps": 0.1, "init_weights": False},
     )
 
     def resolve(self, config: OFTConfig, host: Host, site: Site) -> dict[str, Any]:
