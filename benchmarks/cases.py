@@ -134,8 +134,7 @@ def layer(side: str, method: str, dtype: str, dropout: float, inner: int = WIDTH
 
 
 def training_step(side: str, method: str, dtype: str, checkpointing: bool) -> Job:
-    """Forward, backward and AdamW on a small Llama, all linear layers adapted. The floor: the frozen model's forward and
-    backward."""
+    """Forward, backward and AdamW on a small Llama, all linear layers adapted; the floor has no AdamW."""
     import peft
 
     model = llama(4, 512, 1408, 4096, DTYPES[dtype])

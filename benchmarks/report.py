@@ -79,10 +79,10 @@ def size(value: int | None) -> str:
 
 
 def _ratio(result: Result, over: str) -> str:
-    ratio, spread = result.ratio(over), result.spread(over)
+    ratio = result.ratio(over)
     if ratio is None:
         return "—"
-    return f"{ratio:.2f}" if ratio >= 0.1 or ratio == 0 else f"{ratio:.3f}" if spread is None else f"{ratio:.3f}"
+    return f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.2f}"
 
 
 def _cell(result: Result, over: str, goals: dict[str, float]) -> str:
@@ -113,9 +113,9 @@ def tables(setting: dict[str, Any], results: list[Result]) -> str:
 def _preface(setting: dict[str, Any]) -> str:
     where = ", ".join(f"{key} {value}" for key, value in setting.items())
     return (
-        "Written by `make bench ARGS='--out docs'`. Both libraries run in processes of their own and are sampled in turns. "
-        "A ratio is our median over the other's, with the middle half of the ratios of single rounds in parentheses: below 1 "
-        "is faster than the reference. The floor is the same work without an adapter.\n\n"
+        "Written by `make bench ARGS='--out docs'`. Both libraries run in processes of their own and are sampled in "
+        "turns. A ratio is our median over the other's, with the middle half of the ratios of single rounds in "
+        "parentheses: below 1 is faster than the reference. The floor is the same work without an adapter.\n\n"
         f"{where[0].upper()}{where[1:]}."
     )
 
@@ -143,9 +143,11 @@ def _counts(results: list[Result]) -> list[str]:
         goal = SAVED_GOALS.get(f"{r.group}/{r.name}")
         ratio = f"{mine / theirs:.2f}" + (f", goal {goal:g}" if goal else "") if theirs > 0 else "—"
         rows.append(
-            [r.name, size(mine), size(theirs), ratio, size(ours["peak"]), size(other["peak"])]
-            + [str(ours["allocations"]), str(other["allocations"])]
-            + [f"{ours['flops'] / 1e9:.3g}", f"{other['flops'] / 1e9:.3g}"]
+            [
+                *(r.name, size(mine), size(theirs), ratio, size(ours["peak"]), size(other["peak"])),
+                *(str(ours["allocations"]), str(other["allocations"])),
+                *(f"{ours['flops'] / 1e9:.3g}", f"{other['flops'] / 1e9:.3g}"),
+            ]
         )
     return _table(head, rows)
 

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.job import Case
 from tests.reference.install import ROOT, ensure_reference
+
+from benchmarks.job import Case
 
 
 class SideError(RuntimeError):

@@ -256,10 +256,14 @@ def _pull(
             dense = op.dense()
             back = grad @ dense.detach() if need_x else None
             return back, torch.autograd.grad(dense, wanted, grad.mT @ x) if wanted else ()
-        inner = x.detach().requires_grad_(need_x)
-        y = op.apply(inner)
+        inner = x.detach().requires_grad_(need_x and not op.by_adjoint)
+        y = op.apply(inner) if wanted or inner.requires_grad else None
+    if op.by_adjoint:
+        with torch.no_grad():
+            back = op.T.apply(grad) if need_x else None
+        return back, torch.autograd.grad(y, wanted, grad) if wanted else ()  # type: ignore[arg-type]
     sources = [inner, *wanted] if need_x else wanted
-    found = torch.autograd.grad(y, sources, grad) if sources else ()
+    found = torch.autograd.grad(y, sources, grad) if sources else ()  # type: ignore[arg-type]
     return (found[0], found[1:]) if need_x else (None, found)
 
 

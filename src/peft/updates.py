@@ -249,11 +249,11 @@ def row_norms(op: Operator, base: Base) -> Tensor:
     """
     if not (isinstance(op, LowRank) and op.groups == 1):
         return torch.linalg.vector_norm(base.plus(base.weight, op.dense()), dim=1)
-    weight = base.weight
-    op = op.to(base.square_row_norms.dtype)
-    up = op.up * op.scale
-    cross = (up * (weight.to(up.dtype) @ op.down.mT)).sum(1)
-    square = (up @ (op.down @ op.down.mT) * up).sum(1)
+    weight, wide = base.weight, op.to(base.square_row_norms.dtype)
+    up = wide.up * wide.scale
+    # The product with W runs in W's dtype, so no wider copy of W is made; it sums in float32 all the same.
+    cross = (up * (weight @ op.down.to(weight.dtype).mT).to(up.dtype)).sum(1)
+    square = (up @ (wide.down @ wide.down.mT) * up).sum(1)
     return (base.square_row_norms + 2 * cross + square).clamp_min(0).sqrt()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,9 @@ class Operator:
     >>> op.apply(torch.randn(5, 6)).shape
     torch.Size([5, 4])
     """
+
+    by_adjoint: ClassVar[bool] = False
+    """Whether `T.apply` is a cheaper way to the gradient of the input than differentiating `apply` (FFTs)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -107,6 +107,7 @@ class BlockCirculant(Operator):
     """
 
     kernel: Tensor
+    by_adjoint = True
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -209,7 +209,8 @@ class Householder(Operator):
 
     def apply(self, x: Tensor) -> Tensor:
         u, t = self._wy()
-        return x - F.linear(x @ u, u @ t)
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(flat, flat @ u, (u @ t).mT, alpha=-1).view(x.shape)
 
     def dense(self) -> Tensor:
         u, t = self._wy()

@@ -91,6 +91,7 @@ class Fourier(Operator):
     out: int
     inner: int
     scale: Scale = 1.0
+    by_adjoint = True
 
     def __post_init__(self) -> None:
         expect(self.index.shape[-1] == self.values.shape[0], self, "index (2, k) or (k,) and values (k,) share k")
@@ -104,21 +105,26 @@ class Fourier(Operator):
             return F.linear(x, self.dense())
         _, cols = rows_and_columns(self.index, self.inner)
         mirrored = cols > self.inner // 2
-        spectrum = torch.fft.rfft(widened(x), norm="forward")
-        waves = spectrum.index_select(-1, torch.where(mirrored, self.inner - cols, cols))
-        return self._rows(torch.where(mirrored, waves, waves.conj())).to(x.dtype)
+        spectrum = torch.fft.rfft(widened(x).reshape(-1, self.inner), norm="forward").mT
+        places = torch.where(mirrored, self.inner - cols, cols)
+        waves = torch.stack((spectrum.real, spectrum.imag)).index_select(1, places)
+        return self._rows(waves, ~mirrored).to(x.dtype).view(*x.shape[:-1], self.out)
 
-    def _rows(self, waves: Tensor) -> Tensor:
-        """Amplitudes (..., k) of the columns of S -> (..., out), by an inverse FFT over the rows."""
+    def _rows(self, waves: Tensor, conjugate: Tensor) -> Tensor:
+        """Amplitudes (2, k, tokens) of the columns of S, some still to be conjugated -> (tokens, out).
+
+        Real and imaginary parts lie apart and tokens come last, so that rows of memory move whole, and conjugating is a
+        sign in the factor.
+        """
         rows, _ = rows_and_columns(self.index, self.inner)
         mirrored = rows > self.out // 2
         place = torch.where(mirrored, self.out - rows, rows)
         # irfft counts a frequency and its mirror image, but 0 and out / 2 once
-        weight = torch.where((place == 0) | (2 * place == self.out), 1.0, 0.5).to(self.values.dtype)
-        waves = waves * (widened(self.values) * widened(weight))
-        half = waves.new_zeros(*waves.shape[:-1], self.out // 2 + 1)
-        half = half.index_add(-1, place, torch.where(mirrored, waves.conj(), waves))
-        return scaled(torch.fft.irfft(half, n=self.out), self.scale)
+        weight = torch.where((place == 0) | (2 * place == self.out), 1.0, 0.5)
+        sign = torch.where(mirrored ^ conjugate, -1.0, 1.0)
+        factor = torch.stack((weight, weight * sign)).to(waves.dtype) * widened(self.values)
+        half = waves.new_zeros(2, self.out // 2 + 1, waves.shape[2]).index_add(1, place, waves * factor[..., None])
+        return scaled(torch.fft.irfft(torch.complex(half[0].mT, half[1].mT), n=self.out), self.scale)
 
     def dense(self) -> Tensor:
         grid = Sparse(self.index, widened(self.values), self.out, self.inner).dense()
@@ -128,9 +134,11 @@ class Fourier(Operator):
         if index.numel() == 0:
             return F.embedding(index, self.dense().mT)
         _, cols = rows_and_columns(self.index, self.inner)
-        turn = (index[..., None] * cols % self.inner).to(widened(self.values).dtype)
-        wave = torch.polar(torch.full_like(turn, 1 / self.inner), turn * (2 * math.pi / self.inner))
-        return self._rows(wave).to(self.values.dtype)
+        turn = (cols[:, None] * index.reshape(-1) % self.inner).to(widened(self.values).dtype)
+        turn = turn * (2 * math.pi / self.inner)
+        waves = torch.stack((turn.cos(), turn.sin())) / self.inner
+        found = self._rows(waves, torch.zeros_like(cols, dtype=torch.bool))
+        return found.to(self.values.dtype).view(*index.shape, self.out)
 
     @property
     def T(self) -> Fourier:
