@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -287,9 +287,10 @@ def _adapt_layers(
     method.check_targets(config, hosts)
     _note_layout(config, hosts.values())
     banks, shared = _share(method, config, adapter_name, hosts, root, undo, autocast)
-    for index, target in enumerate(plan.targets):
+    places = {key: index for index, key in enumerate(hosts)}
+    for target in plan.targets:
         key = target.key if target.parameter is None else f"{target.key}.{target.parameter}"
-        site = Site(key, index, len(plan.targets), shared)
+        site = Site(key, places[key], len(hosts), shared)
         options = {"site": site, "meta": meta, "autocast": autocast, "banks": banks}
         (create or wrap)(model, config, adapter_name, target, options, undo)
 
@@ -366,7 +367,8 @@ def _wrap_output(layer: AdaptedLayer, config: Any, name: str, options: dict[str,
     """The output projection of an attention layer, adapted beside its input projection."""
     attention = layer.get_base_layer()
     projection = attention.out_proj
-    site = Site(f"{options['site'].key}.out_proj", options["site"].index, options["site"].count, options["site"].shared)
+    first = options["site"]
+    site = replace(first, key=f"{first.key}.out_proj", index=first.index + 1)
     if not isinstance(projection, AdaptedLayer):
         wrapped = adapt(projection, method_of(config), site.key)
         attention._modules["out_proj"] = wrapped
