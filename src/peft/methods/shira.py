@@ -84,9 +84,7 @@ class Shira(WeightMethod, peft_type="SHIRA", config=ShiraConfig):
         """Rows and columns (2, count) of the trained entries, row by row."""
         config, count, (out, inner) = p.config, p.shira_weight.shape[0], (host.out_features, host.in_features)
         if config.mask_fn is None:
-            message = (
-                f"mask_type is {config.mask_type!r} without a mask_fn: the places are unknown until they load."
-            )
+            message = f"mask_type is {config.mask_type!r} without a mask_fn: the places are unknown until they load."
             warnings.warn(message, PeftWarning, stacklevel=2)
             return torch.zeros_like(p.shira_indices)
         if config.mask_fn is random_mask:
