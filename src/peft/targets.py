@@ -256,7 +256,8 @@ def find(config: TargetedConfig, model: nn.Module) -> Matches:
         unused = exclude.entries - dropped
         matches.unmatched["exclude_modules"] = sorted(unused)
     for name in ("rank_pattern", "alpha_pattern"):
-        table = getattr(config, name, None) or {}
+        # Lists are a record of which ranks are left (AdaLoRA), not a request.
+        table = {k: v for k, v in (getattr(config, name, None) or {}).items() if not isinstance(v, list)}
         hit = {patterns.matching(table, key) for key in (*matches.modules, *matches.parameters)} if table else set()
         matches.unmatched[name] = sorted(str(k) for k in table if k not in hit and not _overshadowed(table, k, matches))
     return matches
