@@ -179,6 +179,8 @@ def _prepend_tokens(stack: nn.Module, kwargs: dict, opened: Scope) -> None:
     batch, length, _ = embeds.shape
     kwargs["inputs_embeds"] = torch.cat([opened.rows.tokens(batch, embeds, opened.side), embeds], dim=1)
     kwargs |= prompt_arguments(stack, opened.rows, (batch, length), embeds.device, kwargs)
+    if kwargs.get("cache_position") is not None:  # transformers 4
+        kwargs["cache_position"] = torch.arange(opened.rows.length + length, device=embeds.device)
 
 
 def prompt_arguments(

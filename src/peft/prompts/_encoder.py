@@ -47,8 +47,9 @@ class BasePromptEncoder(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> BasePromptEncoder:
         """Let the encoder train, except for what never does."""
         super().requires_grad_(requires_grad)
-        for name in self.frozen:
-            self.get_parameter(name).requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(False)
         return self
 
     @property

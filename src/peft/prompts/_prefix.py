@@ -79,7 +79,7 @@ class Rows:
         self, stack: Sequence[BasePromptEncoder], task_ids: Tensor | None, like: Tensor, side: int
     ) -> Tensor:
         parts = [encoder.tokens(task_ids, side).to(like) for encoder in stack if isinstance(encoder, VirtualTokens)]
-        batch = max((len(part) for part in parts), default=1)
+        batch = max([1, *[len(part) for part in parts]])
         return _pad(
             [part.expand(batch, -1, -1) for part in parts], like.new_empty(batch, 0, like.shape[-1]), self.length
         )

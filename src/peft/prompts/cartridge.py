@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
 from peft.errors import ConfigError
-from peft.prompts._encoder import KeyValues, check_shapes
+from peft.prompts._encoder import KeyValues, check_shapes, put
 
 
 @dataclass
@@ -54,25 +54,25 @@ class CartridgeEncoder(KeyValues, name="cartridge", config=CartridgeConfig):
         super().__init__(config, word_embeddings)
         columns = config.num_layers * 2 * config.token_dim
         frozen = min(config.num_frozen_tokens, config.num_virtual_tokens)
-        self.frozen_embedding = nn.Parameter(torch.empty(frozen, columns), requires_grad=False)
-        self.trainable_embedding = nn.Parameter(torch.empty(config.num_virtual_tokens - frozen, columns))
-        for part in (self.frozen_embedding, self.trainable_embedding):
+        trained = torch.empty(config.num_virtual_tokens - frozen, columns)
+        self.frozen_embedding = nn.Parameter(torch.empty(frozen, columns), requires_grad=False) if frozen else None
+        self.trainable_embedding = nn.Parameter(trained)
+        for part in self._parts():
             if not part.is_meta:
                 nn.init.normal_(part)
 
+    def _parts(self) -> list[Tensor]:
+        return [part for part in (self.frozen_embedding, self.trainable_embedding) if part is not None]
+
     def rows(self) -> Tensor:
-        return torch.cat([self.frozen_embedding, self.trainable_embedding])
+        return torch.cat(self._parts())
 
     def columns(self, start: int, stop: int) -> Tensor:
-        return torch.cat([self.frozen_embedding[:, start:stop], self.trainable_embedding[:, start:stop]])
+        return torch.cat([part[:, start:stop] for part in self._parts()])
 
     def _load_rows(self, rows: Tensor) -> None:
         check_shapes({"prompt_embeddings": rows}, {"prompt_embeddings": self.rows()}, self)
-        cut = len(self.frozen_embedding)
-        for name, part in (("frozen_embedding", rows[:cut]), ("trainable_embedding", rows[cut:])):
-            old = getattr(self, name)
-            if old.is_meta:
-                setattr(self, name, nn.Parameter(part.clone(), requires_grad=old.requires_grad))
-            else:
-                with torch.no_grad():
-                    old.copy_(part)
+        cut = len(rows) - len(self.trainable_embedding)
+        put(self, "trainable_embedding", rows[cut:])
+        if cut:
+            put(self, "frozen_embedding", rows[:cut])
