@@ -42,7 +42,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
     @property
     def disable_adapters(self) -> bool:
         """Whether the original module runs."""
-        return self._disable_adapters
+        return self._disable_adapters or routing.current() == routing.NONE
 
     def names(self) -> list[str]:
         """Adapters that have something here."""

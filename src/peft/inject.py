@@ -68,9 +68,7 @@ def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | No
         targets.complete(config, model)
         matches = targets.find(config, model)
         targets.spell_out(config, model, matches)
-        if not config.trainable_token_indices and not config.modules_to_save:
-            targets.demand(config, model, matches)
-        elif config.target_modules or config.target_parameters:
+        if (not config.trainable_token_indices and not config.modules_to_save) or config.target_modules or config.target_parameters:
             targets.demand(config, model, matches)
     found = [Target(key, modules[key], _sole_matrix(modules[key])) for key in matches.modules]
     for path in matches.parameters:
@@ -549,7 +547,7 @@ def _check_bias(model: nn.Module, config: TargetedConfig) -> None:
     ]
     if others:
         raise StateError(
-            f"Adapter {others[0]!r} trains biases of the base model (bias={getattr(model, 'peft_config')[others[0]].bias!r}); they belong "
+            f"Adapter {others[0]!r} trains biases of the base model (bias={model.peft_config[others[0]].bias!r}); they belong "
             "to the base layers, so only 1 adapter with bias is possible. Set bias='none' for the new one."
         )
 
@@ -637,20 +635,20 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
     for layer in layers(model):
         if adapter_name in layer.merged_adapters:
             raise StateError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it.")
-    active: list[str] = []
+    active = next((m.active_adapters for m in layers(model)), [])
+    left = [n for n in active if n != adapter_name] or [n for n in adapters_in(model) if n != adapter_name][:1]
     tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PeftWarning)
-        for layer in layers(model):
-            if id(layer) not in tokens:
-                layer.delete_adapter(adapter_name)
-                active = active or layer.active_adapters
+    for layer in layers(model):
+        if id(layer) not in tokens:
+            layer._forget(adapter_name)
+            if adapter_name in active:
+                layer.set_adapter(left)
     for wrapper in wrappers(model):
-        wrapper.delete_adapter(adapter_name, active)
+        wrapper.delete_adapter(adapter_name, left)
     for bank in banks(model):
         if adapter_name in bank:
             del bank[adapter_name]
-    return active
+    return left
 
 
 def rename_adapter(model: nn.Module, old: str, new: str) -> None:

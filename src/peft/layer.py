@@ -376,8 +376,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name, keeping its place in the order."""
-        if old not in self._adapters:
-            return
         if new in self._adapters:
             raise AdapterNameError(f"There is an adapter named {new!r} already; delete it or choose another name.")
         for held in self._holders():
@@ -423,7 +421,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     @property
     def disable_adapters(self) -> bool:
         """Whether the layer runs as if it had no adapters."""
-        return self._disable_adapters
+        return self._disable_adapters or routing.current() == routing.NONE
 
     @property
     def merged(self) -> bool:
@@ -448,7 +446,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Let adapters train, or freeze them. Slots that never train stay frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
-            for slot, value in self.slots(name):
+            for slot, value in self.slots(name) if name in self._adapters else ():
                 for parameter in value.parameters() if isinstance(value, nn.Module) else (value,):
                     if isinstance(parameter, nn.Parameter):
                         parameter.requires_grad_(requires_grad and slot.trains)
@@ -682,6 +680,20 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             setattr(host.module, name, value)
         self._originals = {}
         self.merged_adapters = []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        """Move; what lies under merged weights moves along."""
+        super()._apply(fn, recurse)
+        kept = self._originals.get("parameters", {})
+        for name, parameter in kept.items():
+            if parameter is None:
+                continue
+            moved = fn(parameter.data)
+            if torch._has_compatible_shallow_copy_type(parameter.data, moved):
+                parameter.data = moved
+            else:
+                kept[name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+        return self
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base weight, in the base weight's own shape."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft import card, inject, integrations, prompts, routing, status
+from peft.auxiliary import check_name
 from peft.checkpoint import files, fingerprint, hub, keys, state, tensors
 from peft.checkpoint.report import LoadReport
 from peft.config import CONFIG_NAME, PeftConfig, PeftType, TaskType
@@ -21,6 +22,9 @@ from peft.tuner import tuner_class
 
 WEIGHTS_NAME = files.BIN_NAME
 SAFETENSORS_WEIGHTS_NAME = files.SAFETENSORS_NAME
+
+_PROMPTED_PREFIX = "base_model."
+"""Before the names of the base model in files of prompts; files of weight methods have one wrapper more."""
 
 
 class PeftModel(nn.Module):
@@ -58,7 +62,6 @@ class PeftModel(nn.Module):
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._peft_config: dict[str, PeftConfig] = {}
-        self._prompts_disabled = False
         self._train_heads(peft_config)
         if peft_config.is_prompt_learning:
             self._peft_config[adapter_name] = peft_config
@@ -114,12 +117,12 @@ class PeftModel(nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether any adapter changes what the model computes now."""
+        route = routing.current()
+        if route is not None and route.rows is not None:
+            return any(name != routing.BASE for name in route.rows)
         if self.active_peft_config.is_prompt_learning:
-            return not self._prompts_disabled
-        return any(
-            layer.merged or (not layer.disable_adapters and set(layer.active_adapters) & set(layer.available_adapters))
-            for layer in inject.layers(self)
-        )
+            return route is None or any(name in self._peft_config for name in route.names)
+        return any(layer._stack(route) for layer in inject.layers(self))
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -172,7 +175,7 @@ class PeftModel(nn.Module):
         if self.training and not self._trains:
             self._demand_training(args, kwargs)
         with self._routed(kwargs):
-            if self._prompting(kwargs):
+            if self._prompting():
                 return prompts.forward(self, *args, **kwargs)
             kwargs.pop("task_ids", None)
             return self.base_model(*args, **kwargs)
@@ -180,7 +183,7 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model's `generate`; takes `adapter_names` as `forward` does."""
         with self._routed(kwargs):
-            if self._prompting(kwargs):
+            if self._prompting():
                 return prompts.generate(self, *args, **kwargs)
             return self.get_base_model().generate(*args, **kwargs)
 
@@ -215,20 +218,18 @@ class PeftModel(nn.Module):
         with routing.route(routing.use(names)):
             yield self
 
-    def _prompting(self, kwargs: dict[str, Any]) -> bool:
-        """Whether prompts take part in this call; rows with their own adapters are named in `kwargs` then."""
+    def _prompting(self) -> bool:
+        """Whether prompts take part in this call."""
         if not self._peft_config or not len(self.prompt_encoder):
             return False
         route = routing.current()
         if route is not None:
-            if route.rows:
-                kwargs["adapter_names"] = list(route.rows)
             return any(n in self._peft_config for n in (route.rows or route.names))
-        return not self._prompts_disabled and self.active_adapter in self._peft_config
+        return any(n in self._peft_config for n in self.active_adapters)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the body as the base model. What was active, merged and trainable before is so afterwards."""
+        """Run the body as the base model, in this thread or async task; like `use()`, of which the innermost counts."""
         biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
         if biased:
             warnings.warn(
@@ -236,18 +237,8 @@ class PeftModel(nn.Module):
                 PeftWarning,
                 stacklevel=3,
             )
-        modules = [*inject.layers(self), *inject.wrappers(self)]
-        before = [m.disable_adapters for m in modules]
-        prompts_before = self._prompts_disabled
-        try:
-            self._prompts_disabled = True
-            for module in modules:
-                module.enable_adapters(False)
+        with routing.route(routing.use(None)):
             yield
-        finally:
-            self._prompts_disabled = prompts_before
-            for module, was in zip(modules, before):
-                module.enable_adapters(not was)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Make the output of the input embedding require a gradient, which reentrant checkpointing needs."""
@@ -270,6 +261,12 @@ class PeftModel(nn.Module):
         """Raise if this is a training step in which nothing would learn."""
         if not torch.is_grad_enabled():
             return
+        merged = next((layer for layer in inject.layers(self) if layer.merged), None)
+        if merged is not None and any(p.requires_grad for p in merged.parameters()):
+            raise StateError(
+                f"The model is in training mode, but {merged.merged_adapters} are merged into the base weights, where "
+                "they don't learn. Call model.unmerge_adapter() first; for inference, call model.eval()."
+            )
         given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         if any(p.requires_grad for p in self.parameters()) or any(t.requires_grad for t in given):
             self._trains = True
@@ -319,7 +316,7 @@ class PeftModel(nn.Module):
                     f"There is an adapter named {name!r} already. Delete it, or choose another name."
                 )
             base = self.get_base_model()
-            encoder = prompts.build(config, base)
+            encoder = prompts.build(config, base, fresh=not meta)
             for parameter in base.parameters():
                 parameter.requires_grad_(False) if not self._has_tuner else None
             inject.train_besides(base, config, name, autocast)
@@ -391,9 +388,32 @@ class PeftModel(nn.Module):
                 prompts.detach(self.get_base_model())
         else:
             self.base_model.delete_adapter(adapter_name)
-        left = [n for n in self.peft_config if n != adapter_name]
-        if self.active_adapter == adapter_name and left:
-            self.set_adapter(left[0])
+        names = [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
+        if adapter_name in names and self.peft_config:
+            left = [n for n in names if n != adapter_name] or list(self.peft_config)[:1]
+            self.set_adapter(left[0] if len(left) == 1 else left)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name, keeping its place in the order.
+
+        Raises:
+            AdapterNameError: there is no such adapter, or already one of the new name.
+        """
+        state.config_of(self, old)
+        check_name(new)
+        if new in self.peft_config:
+            raise AdapterNameError(f"There is an adapter named {new!r} already; delete it or choose another name.")
+        if old in self._peft_config:
+            self.prompt_encoder[new] = self.prompt_encoder.pop(old)
+            self._peft_config = {new if name == old else name: c for name, c in self._peft_config.items()}
+            for wrapper in inject.wrappers(self):
+                wrapper.rename_adapter(old, new)
+        else:
+            self.base_model.rename_adapter(old, new)
+        active = self.active_adapter
+        self.active_adapter = new if active == old else active  # type: ignore[assignment]
+        if not isinstance(active, str):
+            self.active_adapter = [new if name == old else name for name in active]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
@@ -416,7 +436,7 @@ class PeftModel(nn.Module):
     def prompt_state_dict(self, adapter_name: str) -> dict[str, Tensor]:
         """The tensors of a prompt adapter and of the modules that train with it, by their names in files."""
         result = dict(self.prompt_encoder[adapter_name].saved_tensors())
-        base, prefix = self.get_base_model(), keys.BASE_PREFIX
+        base, prefix = self.get_base_model(), _PROMPTED_PREFIX
         source = {k: v.detach() for k, v in base.state_dict(keep_vars=True).items()}
         for entry in keys.entries(base, adapter_name):
             result[prefix + entry.disk] = source[entry.memory]
@@ -427,13 +447,14 @@ class PeftModel(nn.Module):
     ) -> LoadReport:
         """The inverse of `prompt_state_dict`."""
         base = self.get_base_model()
-        inside = {k: v for k, v in state_dict.items() if k.startswith(keys.BASE_PREFIX)}
+        inside = {k: v for k, v in state_dict.items() if k.startswith(_PROMPTED_PREFIX)}
         encoder = self.prompt_encoder[adapter_name]
         encoder.load_tensors({k: v for k, v in state_dict.items() if k not in inside})
         report = LoadReport()
         if inside:
             config = self._peft_config[adapter_name]
-            found = state.load_tensors(base, _NoBias(config), adapter_name, inside, strict=strict)
+            within = {k.removeprefix(_PROMPTED_PREFIX): v for k, v in inside.items()}
+            found = state.load_tensors(base, _NoBias(config), adapter_name, within, strict=strict)
             report.missing_keys += found.missing_keys
             report.unexpected_keys += found.unexpected_keys
         return report
@@ -612,7 +633,7 @@ class PeftModel(nn.Module):
         nn.Module.__init__(made)
         made.active_adapter, made.peft_type = "default", config.peft_type
         made.special_peft_forward_args = {"adapter_names", "alora_offsets"}
-        made._peft_config, made._prompts_disabled = {}, False
+        made._peft_config = {}
         made.base_model = model
         made.training = model.training
         return made

@@ -20,6 +20,9 @@ class Route:
     rows: tuple[str, ...] | None = None
 
 
+NONE = Route()
+"""The route on which the base model runs alone."""
+
 _route: ContextVar[Route | None] = ContextVar("peft_route", default=None)
 _open = 0  # routes in effect in any thread; while there is none, torch.compile need not look into a context variable
 _lock = threading.Lock()
@@ -51,5 +54,5 @@ def _count(change: int) -> None:
 def use(names: str | Sequence[str] | None) -> Route:
     """The route that runs these adapters, in this order; None runs the base model."""
     if names is None:
-        return Route()
+        return NONE
     return Route((names,) if isinstance(names, str) else tuple(names))

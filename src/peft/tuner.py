@@ -150,9 +150,24 @@ class BaseTuner(nn.Module):
         """Remove an adapter; if it was active, the first of the others becomes active."""
         if adapter_name not in self.peft_config:
             raise ConfigError(f"Adapter {adapter_name!r} does not exist. Adapters: {list(self.peft_config)}.")
-        active = inject.delete_adapter(self.model, adapter_name)
+        inject.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
-        left = active or list(self.peft_config)[:1]
+        left = [n for n in self.active_adapters if n != adapter_name] or list(self.peft_config)[:1]
+        if adapter_name in self.active_adapters and left:
+            self.set_adapter(left)
+        self.active_adapter = left[0] if len(left) == 1 else left
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name, keeping its place in the order.
+
+        Raises:
+            AdapterNameError: there is no such adapter, or already one of the new name.
+        """
+        inject.rename_adapter(self.model, old, new)
+        configs = {new if name == old else name: config for name, config in self.peft_config.items()}
+        self.peft_config.clear()
+        self.peft_config.update(configs)
+        left = [new if name == old else name for name in self.active_adapters]
         self.active_adapter = left[0] if len(left) == 1 else left
 
     def enable_adapter_layers(self) -> None:

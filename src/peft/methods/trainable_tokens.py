@@ -45,7 +45,6 @@ class Replace(Update):
     index: Tensor
     value: Tensor
     columns: bool
-    relative = True
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         y = prev(x)
