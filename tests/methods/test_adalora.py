@@ -110,10 +110,10 @@ def test_the_loss_gets_the_orthogonality_term_in_training_only():
 def test_warns_when_nobody_allocates():
     adapted = model()
     with pytest.warns(peft.PeftWarning, match="prunes no ranks"):
-        steps(adapted, range(4), allocate=False)
+        steps(adapted, range(5), allocate=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", peft.PeftWarning)
-        steps(model(), range(4))
+        steps(model(), range(9))
 
 
 def test_the_trainer_prunes_by_itself(tmp_path):

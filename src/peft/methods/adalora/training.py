@@ -37,7 +37,6 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
     Args:
         global_step: How many optimizer steps were made.
     """
-    tuner.__dict__["_seen_versions"] = _versions(tuner)
     for adapter in tuner.active_adapters:
         config = tuner.peft_config[adapter]
         if not _layers(tuner, adapter):
@@ -51,7 +50,6 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
             config.rank_pattern = pattern
             for key, layer in _layers(tuner, adapter).items():
                 layer.kept[adapter] = pattern[f"{key}.lora_E"]
-        tuner.__dict__["_seen_versions"] = _versions(tuner)
 
 
 def forward(tuner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,26 +80,29 @@ def orthogonality(tuner: Any) -> Tensor | float:
     return total
 
 
-def _versions(tuner: Any) -> int:
-    """A number that grows when an optimizer changes the singular values."""
-    return sum(e._version for a in tuner.active_adapters for e in (m.lora_E[a] for m in _layers(tuner, a).values()))
-
-
 def _remind(tuner: Any) -> None:
-    """Warn, once, when optimizer steps go by and nobody allocates: AdaLoRA without it is LoRA with a larger rank."""
-    state, now = tuner.__dict__, _versions(tuner)
-    before = state.setdefault("_seen_versions", now)
-    state["_missed"] = state.get("_missed", 0) + (now != before)
-    state["_seen_versions"] = now
-    if state["_missed"] == 2:
-        state["_missed"] += 1
-        warnings.warn(
-            "AdaLoRA prunes no ranks: optimizer steps are made, but update_and_allocate is not called. Call "
-            "model.base_model.update_and_allocate(step) after each optimizer step and before gradients are zeroed, or "
-            "give transformers' Trainer callbacks=[peft.integrations.callbacks.AllocationCallback()].",
-            PeftWarning,
-            stacklevel=4,
-        )
+    """Warn, once, when an optimizer trains and nobody allocates: AdaLoRA without it is LoRA with a larger rank.
+
+    The singular values are looked at after 4, 8, 16, ... passes, since looking waits for the device.
+    """
+    state = tuner.__dict__
+    if "_allocators" in state or torch.compiler.is_compiling():
+        return
+    values = [m.lora_E[a].detach() for a in tuner.active_adapters for m in list(_layers(tuner, a).values())[:1]]
+    passes = state["_passes"] = state.get("_passes", 0) + 1
+    if passes == 1:
+        state["_first_values"] = [v.clone() for v in values]
+    first = state["_first_values"]
+    if passes < 4 or passes & (passes - 1) or all(map(torch.equal, first, values)):
+        return
+    allocator(tuner)
+    warnings.warn(
+        "AdaLoRA prunes no ranks: optimizer steps are made, but update_and_allocate is not called. Call "
+        "model.base_model.update_and_allocate(step) after each optimizer step and before gradients are zeroed, or "
+        "give transformers' Trainer callbacks=[peft.integrations.callbacks.AllocationCallback()].",
+        PeftWarning,
+        stacklevel=4,
+    )
 
 
 def resize_modules(tuner: Any, rank_pattern: Mapping[str, list[bool]], adapter_name: str) -> None:
