@@ -70,7 +70,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         ValueError: nothing in the model is adapted.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.base_model if hasattr(model, "get_base_model") else model
     found = [
         _layer(name, m) for name, m in base.named_modules() if isinstance(m, (AdaptedLayer, AuxiliaryTrainingWrapper))
     ]

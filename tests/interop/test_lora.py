@@ -140,11 +140,12 @@ SELECTIONS = {
     ),
 }
 
-#: Cells that the reference refuses: nothing to compare with.
+#: Cells that the reference refuses, or that mean nothing: nothing to compare with.
 REFUSED = {
     *product(("dora", "dora_rslora", "orthogonal"), [x for x in LAYERS if "Attention" in x]),
     *product(["orthogonal"], [x for x in LAYERS if "Conv" in x and "Conv1D" not in x]),
     *product(["lora_bias"], [x for x in LAYERS if "Embedding" in x]),
+    *product(["fan_in_fan_out"], [x for x in LAYERS if "Attention" in x]),
 }
 
 #: The same choice in other words: an empty list for None, an abbreviated list for a full one, an entry twice.

@@ -49,6 +49,11 @@ class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
             raise TargetError(
                 f"lora_bias: {site.key!r} ({host.name}) has no place for a bias. Leave it out of the targets."
             )
+        if config.lora_dropout and "experts" in host.layout:
+            raise TargetError(
+                f"lora_dropout acts on the input of a layer, but {site.key!r} is a parameter that its module reads by "
+                "itself. Set lora_dropout=0 for target_parameters."
+            )
         r = patterns.lookup(config.rank_pattern, site.key, config.r)
         alpha = patterns.lookup(config.alpha_pattern, site.key, config.lora_alpha)
         return {
