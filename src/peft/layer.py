@@ -8,6 +8,7 @@ stack never changes what the whole computes.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -25,6 +26,8 @@ from peft.operators import Operator
 from peft.slots import Sizes, adapter_dtype, container, create, tensor_of
 from peft.updates import Update
 
+_EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
+"""Paths of layers inside one expert of a mixture, which see the tokens that a router sends there."""
 _ADAPTER_STATE = ("base_layer", "_adapters", "_active_adapter", "merged_adapters")
 
 
@@ -189,6 +192,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._adapters: dict[str, Any] = {}
         self._stored: dict[str, str] = {}
         self._banks: dict[str, nn.Module] = {}
+        self._dispatched = False
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self._originals: dict[str, Any] = {}
@@ -317,6 +321,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 raise
             where = f" on {site.key!r} ({type(host.module).__name__}, {host.in_features} in, {host.out_features} out)"
             raise TargetError(f"{method.peft_type}{where}: {error}") from None
+        for stored, (slot, value) in made.items():
+            held = self._modules.get(stored)
+            if held is not None and type(held) is not type(container(value, slot.is_saved(config))):
+                raise TargetError(
+                    f"{method.peft_type} on {site.key!r}: {' and '.join(self.methods)} keeps its own kind of {stored!r} "
+                    "there, so the two can't share a layer. Give them different target_modules."
+                )
         self._forget(name)
         if method.peft_type not in self.methods:
             self.__class__ = layer_class((*self.methods, method.peft_type), self.host_cls)
@@ -328,11 +339,20 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             held = self._modules[stored]
             held[name] = value  # type: ignore[index]
         if method.dropout:
-            self._add_dropout(method.dropout, name, float(getattr(config, method.dropout, 0.0)))
+            rate = float(getattr(config, method.dropout, 0.0))
+            if rate and not host.factored:
+                warnings.warn(
+                    f"{method.dropout} = {rate} has no effect on {site.key!r}: {type(host.module).__name__} reads its weight by "
+                    "itself, so there is no input of the adapter to drop out.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+            self._add_dropout(method.dropout, name, rate)
         for setting in method.settings:
             self.__dict__.setdefault(setting, {})[name] = settings.get(setting)
         for bank, value in (banks or {}).items():
             self._modules[bank] = self._banks[bank] = value
+        self._dispatched |= _EXPERT.search(site.key) is not None
         parts = Parts(self, name, site)
         with torch.no_grad():
             if host.device.type != "meta":
@@ -558,11 +578,35 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop("adapter_names", None)
         route = routing.current()
+        if routing.used and self.training and rows is None and not torch.compiler.is_compiling():
+            self._on_the_same_route(route)
         if rows is None and route is not None:
             rows = route.rows
         if rows is not None:
             return self._forward_rows(tuple(rows), x, args, kwargs)
         return self._forward(self._stack(route), x, args, kwargs)
+
+    def _on_the_same_route(self, route: routing.Route | None) -> None:
+        """Raise if a checkpointed forward pass runs again on a route that is not surely its own."""
+        parameter = next((p for name in self._adapters for p in self._trained(name)), None)
+        version = -1 if parameter is None else parameter._version  # optimizers change it, so routes of old steps go
+        was, seen = self._caches.get("routes", (version, frozenset()))
+        if routing.recomputing():
+            if seen and seen != {route}:
+                raise StateError(
+                    "Gradient checkpointing runs this layer again outside of the `use()`, `disable_adapter()` or "
+                    "`adapter_names` of its forward pass. Switch it on by model.gradient_checkpointing_enable() on the "
+                    "PeftModel, or give torch.utils.checkpoint context_fn=peft.routing.context_fn (and "
+                    "use_reentrant=False)."
+                )
+        elif torch.is_grad_enabled() or (route is not None and route != routing.NONE):
+            self._caches["routes"] = (version, (seen if was == version else frozenset()) | {route})
+
+    def _trained(self, name: str) -> Iterator[nn.Parameter]:
+        for slot, value in self.slots(name):
+            for parameter in value.parameters() if isinstance(value, nn.Module) else (value,):
+                if slot.trains and isinstance(parameter, nn.Parameter):
+                    yield parameter
 
     def _forward(self, names: tuple[str, ...], x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         on_merged, names = self._split(names)
@@ -597,6 +641,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Each sample with its own adapter: samples of one adapter run together."""
         dim = self.host.rows(x, kwargs)
         size = x.shape[dim]
+        if self._dispatched and len(set(rows)) > 1:
+            raise UnsupportedError(
+                f"adapter_names mixes {sorted(set(rows))}, but this layer is one expert of many: it sees the tokens that "
+                "were sent to it and can't know whose samples they are. Run one adapter at a time (model.use(name)), or "
+                "leave the experts out of target_modules."
+            )
         if size % len(rows):
             raise StateError(
                 f"adapter_names has {len(rows)} entries, but the batch that reaches this layer has {size} rows. "

@@ -114,6 +114,10 @@ class WeightMethod:
         """Whether an untrained adapter with this config leaves the output as it is."""
         return getattr(config, "init_weights", True) is not False
 
+    def default_targets(self, config: Any, model: nn.Module) -> list[str] | str | None:
+        """Modules to adapt if the config names none; None leaves it to the table of architectures."""
+        return None
+
     def complete(self, config: Any, model: nn.Module) -> None:
         """Fill in fields of the config, besides `target_modules`, that are left to the model's architecture."""
 

@@ -248,6 +248,14 @@ class PeftModel(nn.Module):
         """The base model's own, and what frozen embeddings need for it to work."""
         base = self.get_base_model()
         base.gradient_checkpointing_enable(*args, **kwargs)
+        routing.keep_routes(base)
+        self.prepare_model_for_gradient_checkpointing(base)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The same, by its name in newer versions of transformers."""
+        base = self.get_base_model()
+        base.activation_checkpointing_enable(*args, **kwargs)
+        routing.keep_routes(base)
         self.prepare_model_for_gradient_checkpointing(base)
 
     _trains = False
@@ -259,6 +267,7 @@ class PeftModel(nn.Module):
 
     def _demand_training(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raise if this is a training step in which nothing would learn."""
+        routing.keep_routes(self)
         if not torch.is_grad_enabled():
             return
         merged = next((layer for layer in inject.layers(self) if layer.merged), None)
@@ -348,7 +357,7 @@ class PeftModel(nn.Module):
 
     def _train_heads(self, config: PeftConfig) -> None:
         """The heads of the task train whole with the adapter."""
-        if not self.head_modules or not hasattr(config, "modules_to_save"):
+        if not self.head_modules or not hasattr(config, "modules_to_save") or "modules_to_save" in config._optional:
             return
         own = list(config.modules_to_save or [])
         config.modules_to_save = own + [n for n in self.head_modules if n not in own]

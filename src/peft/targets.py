@@ -148,17 +148,13 @@ def complete(config: TargetedConfig, model: nn.Module) -> None:
     Raises:
         TargetError: nothing is known about the architecture.
     """
-    if config.target_modules or config.target_parameters or config.target_modules == []:
-        return
-    if (
-        isinstance(config.target_modules, set)
-        and config.target_parameters is None
-        and config.target_modules is not None
-    ):
+    if config.target_modules is not None or config.target_parameters:
         return
     kind = PeftType(config.peft_type).value
     known = model_type(model)
-    found = (default_targets(kind, known) if known else None) or registry.method(kind).fallback_targets
+    method = registry.method(kind)
+    found = method.default_targets(config, model) or (default_targets(kind, known) if known else None)
+    found = found or method.fallback_targets
     if found is None:
         linear = sorted({key.rpartition(".")[2] for key in linear_modules(model)})[:12]
         hint = f" Names of its linear layers: {linear}." if linear else ""

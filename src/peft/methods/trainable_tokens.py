@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from peft import inject
 from peft.config import TargetedConfig
 from peft.errors import TargetError
 from peft.hosts import Host
@@ -73,6 +74,9 @@ class TrainableTokens(WeightMethod, peft_type="TRAINABLE_TOKENS", config=Trainab
         Slot("trainable_tokens_index", "tokens", kind="buffer", trains=False, saved=False, dtype=torch.long),
     )
     settings = ("token_indices",)
+
+    def default_targets(self, config: TrainableTokensConfig, model: nn.Module) -> str | None:
+        return inject.input_embedding_name(model)
 
     def resolve(self, config: TrainableTokensConfig, host: Host, site: Site) -> dict[str, Any]:
         size, width = (host.in_features, host.out_features) if host.one_hot else (host.out_features, host.in_features)
