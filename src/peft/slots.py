@@ -112,8 +112,9 @@ class Slot:
         shape: Its shape as a matrix method sees it, e.g. `"r in"`; see `Sizes.shape`. A callable gets the `Sizes`.
         kind: `"parameter"`; `"down"` or `"up"`: the first or second of two thin factors, held by a small layer of the
             host's type (`nn.Linear`, a convolution); `"leaf"`, `"vector"`: a module with a `weight`, which files call
-            by its full name or by that of the module; `"group"`: parameters by
-            name, their shapes a dict; `"buffer"`: a tensor that does not train.
+            by its full name or by that of the module; `"leaves"`: a list of such modules, `shape` a callable that
+            lists their shapes; `"group"`: parameters by name, their shapes a dict; `"buffer"`: a tensor that does not
+            train.
         trains: Whether gradient descent changes it.
         saved: Whether files hold it; or the config field that says so.
         bias: For `"up"`: a bias (out,), if this setting is true.
@@ -156,6 +157,8 @@ def create(slot: Slot, host: Host, sizes: Sizes, device: torch.device, dtype: to
     dtype = slot.dtype or dtype
     if slot.kind == "group":
         return group(slot.shape(sizes), device, dtype)  # type: ignore[operator,arg-type]
+    if slot.kind == "leaves":
+        return nn.ModuleList(Leaf(torch.empty(s, device=device, dtype=dtype)) for s in slot.shape(sizes))  # type: ignore[operator]
     shape = sizes.shape(slot.shape)
     if slot.kind in ("down", "up"):
         leaf = host.leaf(slot.kind, shape, device, dtype)
@@ -184,9 +187,11 @@ def container(value: nn.Module | Tensor, saved: bool) -> nn.Module:
 
 
 def tensor_of(value: nn.Module | Tensor) -> Any:
-    """The tensor of a slot's value as a method sees it: factors of convolutions as matrices. A group stays a dict."""
+    """The tensor of a slot's value as a method sees it: factors of convolutions as matrices. A group stays a dict, leaves are a list."""
     if isinstance(value, nn.ParameterDict):
         return value
+    if isinstance(value, nn.ModuleList):
+        return [leaf.weight for leaf in value]
     if isinstance(value, nn.Module):
         weight = value.weight
         return weight.flatten(1) if weight.dim() > 2 and not isinstance(value, Vector) else weight

@@ -6,7 +6,7 @@ Since each layer says which tensors are an adapter's, adapters named like a path
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def entries(model: nn.Module, adapter: str, prefix: str = "") -> list[Entry]:
     """
     found: list[Entry] = []
     done: set[int] = set()
-    for path, module in model.named_modules(prefix=prefix):
+    for path, module in inject.walk(model, prefix):
         dot = f"{path}." if path else ""
         if isinstance(module, AdaptedLayer) and id(module) not in done:
             found += _of_layer(module, adapter, dot)
@@ -71,9 +71,8 @@ def _of_layer(layer: AdaptedLayer, adapter: str, dot: str) -> list[Entry]:
         if isinstance(value, Vector):
             found.append(Entry(f"{dot}{stored}.{adapter}.weight", f"{dot}{stored}", layer))
         elif isinstance(value, nn.Module):
-            for name in value._parameters:
-                if value._parameters[name] is not None:
-                    found.append(Entry(f"{dot}{stored}.{adapter}.{name}", f"{dot}{stored}.{name}", layer))
+            for name, _ in value.named_parameters():
+                found.append(Entry(f"{dot}{stored}.{adapter}.{name}", f"{dot}{stored}.{name}", layer))
         else:
             found.append(Entry(f"{dot}{stored}.{adapter}", f"{dot}{stored}", layer))
     return found
@@ -208,13 +207,27 @@ def assign(module: nn.Module, name: str, tensor: Tensor, replaced: list[tuple[Te
             old.copy_(tensor)
 
 
-def share(module: nn.Module, replaced: list[tuple[Tensor, Tensor]]) -> None:
-    """Let layers that hold the same parameter (tied ones) hold the new one that took its place."""
+def share(module: nn.Module, adapter: str, replaced: list[tuple[Tensor, Tensor]]) -> None:
+    """Let layers that hold the same parameter of an adapter (tied ones) hold the new one that took its place."""
     new = {id(old): fresh for old, fresh in replaced}
-    for owner in module.modules() if new else ():
+    for _, owner in owners(module, adapter) if new else ():
         for key, parameter in owner._parameters.items():
             if id(parameter) in new:
                 owner._parameters[key] = new[id(parameter)]  # type: ignore[assignment]
+
+
+def owners(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that hold tensors of the base model, of trained copies, and of this adapter; not those of others."""
+    for path, module in inject.walk(model):
+        yield path, module
+        if isinstance(module, AdaptedLayer) and adapter in module._adapters:
+            dot = f"{path}." if path else ""
+            for name, held in module._modules.items():
+                if held is None or name == "base_layer":
+                    continue
+                yield f"{dot}{name}", held
+                if (leaf := held._modules.get(adapter)) is not None:
+                    yield from leaf.named_modules(prefix=f"{dot}{name}.{adapter}")
 
 
 __all__ = [
@@ -226,6 +239,7 @@ __all__ = [
     "entries",
     "from_file",
     "modules_of",
+    "owners",
     "share",
     "strip",
     "to_file",

@@ -1,0 +1,65 @@
+"""BEFT: only the biases of projections learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from peft.config import TargetedConfig
+from peft.errors import TargetError
+from peft.hosts import Host
+from peft.layer import Parts
+from peft.method import Site, WeightMethod
+from peft.slots import Slot
+from peft.updates import Base, Run, Update
+
+
+@dataclass
+class BeftConfig(TargetedConfig):
+    """BEFT (arXiv 2509.15974): b + β with β (out,) trained. Layers without a bias get one when it is merged.
+
+    Example:
+        >>> from peft import BeftConfig
+        >>> BeftConfig(target_modules=["v_proj"]).init_weights
+        True
+    """
+
+    init_weights: bool = field(default=True, metadata={"help": "Start at zero; False: from small noise."})
+
+    _optional: ClassVar[frozenset[str]] = TargetedConfig._optional | {
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(Update):
+    """b + vector."""
+
+    vector: Tensor
+    relative = True
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        return base.shift(prev(x), self.vector)
+
+    def add_bias(self, bias: Tensor | None, base: Base) -> Tensor:
+        return self.vector if bias is None else bias + self.vector.to(bias.dtype)
+
+
+class Beft(WeightMethod, peft_type="BEFT", config=BeftConfig):
+    slots = (Slot("beft_bias", "1 out"),)
+    samples = ({}, {"init_weights": False})
+
+    def resolve(self, config: BeftConfig, host: Host, site: Site) -> dict[str, Any]:
+        if not host.takes_bias:
+            raise TargetError(f"{site.key!r} ({host.name}) has no place for a bias. Leave it out of the targets.")
+        return {}
+
+    def reset(self, p: Parts, host: Host) -> None:
+        nn.init.zeros_(p.beft_bias) if p.config.init_weights else nn.init.normal_(p.beft_bias, std=0.02)
+
+    def update(self, p: Parts, host: Host) -> Update:
+        return Shift(p.beft_bias.flatten())

@@ -1,0 +1,98 @@
+"""DEFT: what a weight writes into a learnt subspace is taken out and replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import TargetedConfig, choice, positive
+from peft.errors import ConfigError
+from peft.hosts import Host
+from peft.layer import Parts
+from peft.method import Site, WeightMethod
+from peft.operators import LowRank
+from peft.operators.base import widened
+from peft.slots import Slot
+from peft.updates import Add, Update
+
+
+@dataclass
+class DeftConfig(TargetedConfig):
+    """DEFT: W - Q P̂ᵀ W + s Q R. P (out, r) and R (r, in) learn; Q = P and P̂ = relu(P), or both the Q of P = Q T.
+
+    s = alpha / r, or 1 without `alpha`. R starts so that the layer starts as it is.
+
+    Example:
+        >>> from peft import DeftConfig
+        >>> DeftConfig(r=4, decomposition_method="qr").para
+        False
+    """
+
+    r: int = field(default=8, metadata={"help": "Dimension of the subspace; at most the layer's output."})
+    decomposition_method: Literal["relu", "qr"] = field(default="relu", metadata={"help": "How P̂ and Q follow from P."})
+    init_scale: float = field(default=1.0, metadata={"help": "Factor on the initial P."})
+    alpha: int | None = field(default=None, metadata={"help": "Scale R's part by alpha / r; None: by 1."})
+    para: bool = field(default=False, metadata={"help": "Only take out, without R."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Base weight is (in, out); found out by layer type."})
+    deft_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the change, while training."})
+    init_weights: bool = field(default=True, metadata={"help": "Start as the base layer; False: from random values."})
+
+    _optional: ClassVar[frozenset[str]] = TargetedConfig._optional - {"bias"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "r")
+        choice(self, "decomposition_method", ("relu", "qr"))
+        if not 0 <= self.deft_dropout <= 1:
+            raise ConfigError(f"deft_dropout is {self.deft_dropout!r}; it is a probability, from 0 to 1.")
+
+
+class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
+    slots = (Slot("deft_P", "out r"), Slot("deft_R", "r in", when="replaces"))
+    settings = ("r", "scaling")
+    dropout = "deft_dropout"
+    samples = (
+        {"r": 2},
+        {"r": 3, "decomposition_method": "qr", "alpha": 6},
+        {"r": 2, "para": True},
+        {"r": 2, "init_weights": False},
+    )
+
+    def resolve(self, config: DeftConfig, host: Host, site: Site) -> dict[str, Any]:
+        r = min(config.r, host.out_features)
+        return {"r": r, "scaling": self._scaling(config, r), "replaces": not config.para}
+
+    def initial_scaling(self, p: Parts) -> float:
+        return self._scaling(p.config, p.r)
+
+    def _scaling(self, config: DeftConfig, r: int) -> float:
+        return 1.0 if config.alpha is None else config.alpha / r
+
+    def identity_at_start(self, config: DeftConfig) -> bool:
+        return config.init_weights and not config.para
+
+    def reset(self, p: Parts, host: Host) -> None:
+        nn.init.normal_(p.deft_P, std=0.02 * p.config.init_scale)
+        if p.has("deft_R"):
+            if p.config.init_weights:
+                reads = self._pair(p)[1]
+                p.deft_R.copy_(reads.mT @ host.weight().to(reads.dtype) / p.scaling)
+            else:
+                nn.init.normal_(p.deft_R, std=0.02)
+
+    def _pair(self, p: Parts) -> tuple[Tensor, Tensor]:
+        """Q and P̂, each (out, r)."""
+        if p.config.decomposition_method == "relu":
+            return p.deft_P, p.deft_P.relu()
+        q = torch.linalg.qr(widened(p.deft_P))[0].to(p.deft_P.dtype)
+        return q, q
+
+    def update(self, p: Parts, host: Host) -> Update:
+        writes, reads = self._pair(p)
+        inner = -(reads.mT @ host.weight().to(reads.dtype))
+        if p.has("deft_R"):
+            inner = inner + p.deft_R * p.scaling
+        return Add(LowRank(inner, writes), None, p.dropout)

@@ -1,0 +1,119 @@
+"""GLoRA: weight and bias scaled, shifted, and mixed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from peft.config import TargetedConfig, choice, positive
+from peft.hosts import Host
+from peft.layer import Parts
+from peft.method import Site, WeightMethod
+from peft.slots import Slot
+from peft.updates import Rewrite, Update
+
+
+@dataclass
+class GloraConfig(TargetedConfig):
+    """GLoRA (arXiv 2306.07967): W + W ⊙ A + B and b + b ⊙ D + E + W C. Layers without a bias train A and B alone.
+
+    Example:
+        >>> from peft import GloraConfig
+        >>> GloraConfig(r=4, config_C="none").config_A_B
+        'lora'
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of supports of the form 'lora'."})
+    config_A_B: Literal["lora", "vector", "constant", "none"] = field(
+        default="lora",
+        metadata={"help": "Form of A and B: thin factors, one value per output, one for all, or no such term."},
+    )
+    config_C: Literal["lora", "vector", "none"] = field(default="lora", metadata={"help": "Form of C."})
+    config_D_E: Literal["vector", "constant", "none"] = field(default="constant", metadata={"help": "Form of D and E."})
+    init_weights: bool = field(default=True, metadata={"help": "Start as the base layer; False: from random values."})
+
+    _optional: ClassVar[frozenset[str]] = (TargetedConfig._optional - {"bias"}) | {
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "r")
+        choice(self, "config_A_B", ("lora", "vector", "constant", "none"))
+        choice(self, "config_C", ("lora", "vector", "none"))
+        choice(self, "config_D_E", ("vector", "constant", "none"))
+
+
+def _shapes(field: str, rows: str, columns: int | str, whole: bool) -> Any:
+    """Shapes of one support, as a function of the sizes: thin factors, a vector (a column of a matrix if `whole`), or one number."""
+
+    def shapes(sizes: Any) -> dict[str, tuple[int, ...]]:
+        form, height = sizes[field], sizes[rows]
+        width = columns if isinstance(columns, int) else sizes[columns]
+        if form == "lora":
+            return {"Xd": (height, sizes.r), "Xu": (sizes.r, width)}
+        if form == "vector":
+            return {"X": (height, 1) if whole else (height,)}
+        return {"X": (1,)} if form == "constant" else {}
+
+    return shapes
+
+
+class Glora(WeightMethod, peft_type="GLORA", config=GloraConfig):
+    slots = (
+        Slot("glora_A", _shapes("A_B", "out", "in", True), kind="group"),
+        Slot("glora_B", _shapes("A_B", "out", "in", True), kind="group"),
+        Slot("glora_C", _shapes("C", "in", 1, True), kind="group"),
+        Slot("glora_D", _shapes("D_E", "out", 1, False), kind="group"),
+        Slot("glora_E", _shapes("D_E", "out", 1, False), kind="group"),
+    )
+    settings = ("r",)
+    samples = (
+        {"r": 2},
+        {"r": 2, "config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        {"config_A_B": "constant", "config_C": "none", "init_weights": False},
+    )
+
+    def resolve(self, config: GloraConfig, host: Host, site: Site) -> dict[str, Any]:
+        biased = host.bias() is not None
+        return {
+            "r": config.r,
+            "A_B": config.config_A_B,
+            "C": config.config_C if biased else "none",
+            "D_E": config.config_D_E if biased else "none",
+        }
+
+    def reset(self, p: Parts, host: Host) -> None:
+        for slot in self.slots:
+            for name, tensor in getattr(p, slot.name).items():
+                if name == "Xu" or (name == "Xd" and not p.config.init_weights):
+                    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+                else:
+                    nn.init.zeros_(tensor) if p.config.init_weights else nn.init.normal_(tensor, std=0.02)
+
+    def update(self, p: Parts, host: Host) -> Update:
+        a, b, c, d, e = (support(getattr(p, slot.name)) for slot in self.slots)
+
+        def delta(weight: Tensor) -> Tensor:
+            change = weight * (0 if a is None else a)
+            return change if b is None else change + b
+
+        def shift(weight: Tensor, bias: Tensor | None) -> Tensor | None:
+            if bias is None:
+                return None
+            terms = [None if d is None else bias * d, e, None if c is None else (weight.to(c.dtype) @ c).flatten()]
+            return sum((t for t in terms if t is not None), start=bias.new_zeros(bias.shape))
+
+        return Rewrite(delta, shift)
+
+
+def support(held: Any) -> Tensor | None:
+    """The matrix, vector or number that the parameters of a support mean; None: there is none."""
+    if not len(held):
+        return None
+    return held["X"] if "X" in held else held["Xd"] @ held["Xu"]
