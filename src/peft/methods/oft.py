@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class OFTConfig(TargetedConfig):
     oft_block_size: int = field(default=32, metadata={"help": "Size of a block; 0 if r is given."})
     module_dropout: float = field(default=0.0, metadata={"help": "Rate at which blocks become the identity, training."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Base weight is (in, out); found out by layer type."})
-    bias: Literal["none", "all", "oft_only"] = field(default="none", metadata={"help": "Base biases to train."})
+    bias: str = field(default="none", metadata={"help": "Base biases to train: 'none', 'all' or 'oft_only'."})
     init_weights: bool = field(default=True, metadata={"help": "Q zero, so training starts at the base model."})
     coft: bool = field(default=False, metadata={"help": "Keep Q small: |Q| at most eps / sqrt(blocks) (constrained)."})
     eps: float = field(default=6e-5, metadata={"help": "The bound of coft."})

@@ -58,9 +58,10 @@ class ShiraConfig(TargetedConfig):
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
     """A mask, shaped as the layer's weight, with r (rows + columns) ones at random places."""
-    rows, columns = base_layer.weight.shape
-    index = draw(rows, columns, r * (rows + columns), random_seed).to(base_layer.weight.device)
-    return torch.zeros_like(base_layer.weight, dtype=torch.float32).index_put(tuple(index), torch.tensor(1.0))
+    weight: Any = base_layer.weight
+    rows, columns = weight.shape
+    index = draw(rows, columns, r * (rows + columns), random_seed).to(weight.device)
+    return torch.zeros_like(weight, dtype=torch.float32).index_put(tuple(index), torch.tensor(1.0))
 
 
 class Shira(WeightMethod, peft_type="SHIRA", config=ShiraConfig):
