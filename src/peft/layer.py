@@ -359,7 +359,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 method.derive(parts, host)
             if device.type != "meta":
                 method.reset(parts, host)
-        self._train_only_active()
+        self.set_requires_grad(name, name in self._active_adapter)
 
     def _add_dropout(self, field: str, name: str, rate: float) -> None:
         if field not in self._modules:
@@ -467,13 +467,34 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
             for slot, value in self.slots(name) if name in self._adapters else ():
-                for parameter in value.parameters() if isinstance(value, nn.Module) else (value,):
-                    if isinstance(parameter, nn.Parameter):
-                        parameter.requires_grad_(requires_grad and slot.trains)
+                for parameter in _parameters(value):
+                    parameter.requires_grad_(requires_grad and slot.trains)
 
     def _train_only_active(self, inference_mode: bool = False) -> None:
-        for name in self._adapters:
-            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+        active = () if inference_mode else self._active_adapter
+        for stored in dict.fromkeys(self._stored.values()):
+            held = self._modules[stored]
+            assert held is not None
+            for name, value in (*held._parameters.items(), *held._modules.items()):
+                for parameter in _parameters(value) if name not in active else ():
+                    if parameter.requires_grad:
+                        parameter.requires_grad_(False)
+        self.set_requires_grad(active)
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        """`nn.Module.train`, without a visit to the modules of each tensor of each adapter."""
+        self.training = mode
+        self.base_layer.train(mode)
+        for name, held in self._modules.items():
+            if held is None or name == "base_layer":
+                continue
+            held.__dict__["training"] = mode
+            for leaf in held._modules.values():
+                if leaf is not None and leaf._modules:
+                    leaf.train(mode)
+                elif leaf is not None:
+                    leaf.__dict__["training"] = mode
+        return self
 
     def slots(self, name: str) -> Iterator[tuple[Any, Any]]:
         """The slots of an adapter, each with the module or tensor it holds."""
@@ -639,9 +660,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _forward_rows(self, rows: tuple[str, ...], x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Each sample with its own adapter: samples of one adapter run together."""
+        if len(set(rows)) == 1:
+            only = routing.use(None if rows[0] == routing.BASE else rows[0])
+            with routing.route(only):
+                return self._forward(self._stack(only), x, args, kwargs)
         dim = self.host.rows(x, kwargs)
         size = x.shape[dim]
-        if self._dispatched and len(set(rows)) > 1:
+        if self._dispatched:
             raise UnsupportedError(
                 f"adapter_names mixes {sorted(set(rows))}, but this layer is one expert of many: it sees the tokens that "
                 "were sent to it and can't know whose samples they are. Run one adapter at a time (model.use(name)), or "
@@ -770,6 +795,15 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._adapters)}, active={self._active_adapter}"
+
+
+def _parameters(value: Any) -> Iterable[nn.Parameter]:
+    """The parameters of what a slot holds."""
+    if isinstance(value, nn.Parameter):
+        return (value,)
+    if not isinstance(value, nn.Module):
+        return ()
+    return value.parameters() if value._modules else [p for p in value._parameters.values() if p is not None]
 
 
 def _square_row_norms(weight: Tensor) -> Tensor:

@@ -1,12 +1,21 @@
-"""Which adapters run, per call: a context, so threads and async tasks don't see each other's choice."""
+"""Which adapters run, per call: a context, so threads and async tasks don't see each other's choice.
+
+Gradient checkpointing runs a part of the forward pass again during backward: after the context was left, and on GPUs in
+a thread of its own. `kept` binds the route of now to such a part. `PeftModel` does so for models of transformers; with
+`torch.utils.checkpoint` give `context_fn=peft.routing.context_fn`. A layer that is run again on another route than
+before says so (`StateError`).
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 BASE = "__base__"
 """The name, in `adapter_names`, of rows that run without adapter."""
@@ -24,6 +33,8 @@ NONE = Route()
 """The route on which the base model runs alone."""
 
 _route: ContextVar[Route | None] = ContextVar("peft_route", default=None)
+_kept: ContextVar[bool] = ContextVar("peft_route_kept", default=False)
+used = False  # whether there ever was a route
 _open = 0  # routes in effect in any thread; while there is none, torch.compile need not look into a context variable
 _lock = threading.Lock()
 
@@ -46,9 +57,10 @@ def route(value: Route | None) -> Iterator[None]:
 
 
 def _count(change: int) -> None:
-    global _open
+    global _open, used
     with _lock:
         _open += change
+        used = True
 
 
 def use(names: str | Sequence[str] | None) -> Route:
@@ -56,3 +68,52 @@ def use(names: str | Sequence[str] | None) -> Route:
     if names is None:
         return NONE
     return Route((names,) if isinstance(names, str) else tuple(names))
+
+
+def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, on the route of now wherever and whenever it is called."""
+    value = current()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _again(value):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _again(value: Route | None) -> Iterator[None]:
+    token = _kept.set(True)
+    try:
+        with route(value):
+            yield
+    finally:
+        _kept.reset(token)
+
+
+def context_fn() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=context_fn)`: keep the route."""
+    return nullcontext(), _again(current())
+
+
+def recomputing() -> bool:
+    """Whether this is a forward pass inside a backward pass, and not bound to a route."""
+    return torch._C._current_graph_task_id() != -1 and not _kept.get()  # type: ignore[attr-defined]
+
+
+def keep_routes(model: torch.nn.Module) -> None:
+    """Bind the parts that transformers' gradient checkpointing runs again to the route of their forward pass."""
+    for module in model.modules():
+        inner = module.__dict__.get("_gradient_checkpointing_func")
+        if inner is not None and not isinstance(inner, _Keeping):
+            module._gradient_checkpointing_func = _Keeping(inner)  # type: ignore[assignment]
+
+
+class _Keeping:
+    """A checkpointing function that keeps routes."""
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.inner(function if torch.compiler.is_compiling() else kept(function), *args, **kwargs)

@@ -311,6 +311,8 @@ def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield prefix, module
         if getattr(module, "is_auxiliary_wrapper", False):
             inner = module.original_module
+            if isinstance(inner, AdaptedLayer):
+                inner = inner.get_base_layer()
             if isinstance(inner, nn.Module):
                 yield from children(prefix, inner)
             return
