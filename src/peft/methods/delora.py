@@ -61,7 +61,7 @@ class Delora(WeightMethod, peft_type="DELORA", config=DeloraConfig):
     )
     settings = ("r",)
     dropout = "module_dropout"
-    samples = ({}, {"init_weights": False, "delora_lambda": 3})
+    samples = ({"r": 2}, {"r": 3, "init_weights": False, "delora_lambda": 3})
 
     def resolve(self, config: DeloraConfig, host: Host, site: Site) -> dict[str, Any]:
         return {
@@ -76,7 +76,7 @@ class Delora(WeightMethod, peft_type="DELORA", config=DeloraConfig):
             nn.init.kaiming_uniform_(p.delora_B, a=math.sqrt(5))
         key = p.site.key if p.site else ""
         p.delora_lambda.fill_(patterns.lookup(p.config.lambda_pattern, key, p.config.delora_lambda))
-        p.delora_w_norm.copy_(host.weight().to(p.delora_w_norm.dtype).norm(dim=0))
+        p.delora_w_norm.copy_(p.call(host).weight.to(p.delora_w_norm.dtype).norm(dim=0))
 
     def update(self, p: Parts, host: Host) -> Update:
         down, up = p.delora_A, p.delora_B

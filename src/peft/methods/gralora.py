@@ -61,7 +61,7 @@ class Gralora(WeightMethod, peft_type="GRALORA", config=GraloraConfig):
     )
     settings = ("r", "hybrid_r", "scaling")
     dropout = "gralora_dropout"
-    samples = ({}, {"hybrid_r": 3, "gralora_k": 1}, {"init_weights": False})
+    samples = ({"r": 4}, {"r": 2, "hybrid_r": 3, "gralora_k": 1}, {"r": 2, "init_weights": False})
 
     def resolve(self, config: GraloraConfig, host: Host, site: Site) -> dict[str, Any]:
         scaling = config.alpha / (config.r + config.hybrid_r)

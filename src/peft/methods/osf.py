@@ -84,7 +84,7 @@ class OSF(WeightMethod, peft_type="OSF", config=OSFConfig):
         return {"effective_rank": kept, "low": most - kept, "all": most}
 
     def derive(self, p: Parts, host: Host) -> None:
-        weight = host.weight()
+        weight = p.call(host).weight
         weight = weight if weight.dtype == torch.float64 else weight.float()
         for held, part in zip((p.osf_U, p.osf_S, p.osf_V), torch.linalg.svd(weight, full_matrices=False), strict=True):
             held.copy_(part)

@@ -77,9 +77,9 @@ class Psoft(WeightMethod, peft_type="PSOFT", config=PsoftConfig):
     settings = ("r", "scaling")
     dropout = "psoft_dropout"
     samples = (
-        {},
+        {"r": 2},
         {"r": 3, "use_cayley_neumann": True, "cayley_neumann_eps": 0.9, "psoft_svd": "lowrank"},
-        {"psoft_orth": False, "ab_svd_init": "pissa_init", "psoft_mag_a": False, "init_weights": False},
+        {"r": 2, "psoft_orth": False, "ab_svd_init": "pissa_init", "psoft_mag_a": False, "init_weights": False},
     )
 
     def resolve(self, config: PsoftConfig, host: Host, site: Site) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Psoft(WeightMethod, peft_type="PSOFT", config=PsoftConfig):
         return {"r": config.r, "scaling": config.psoft_alpha / config.r, **trains}
 
     def derive(self, p: Parts, host: Host) -> None:
-        u, s, vt = principal(host.weight(), p.config)
+        u, s, vt = principal(p.call(host).weight, p.config)
         s = s / self.initial_scaling(p)
         if p.config.ab_svd_init == "pissa_init":
             vt, s = s.sqrt()[:, None] * vt, s.sqrt()

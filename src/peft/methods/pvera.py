@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peft.config import TargetedConfig, choice, positive
+from peft.errors import UnsupportedError
 from peft.hosts import Host
 from peft.layer import Parts
 from peft.method import Site, WeightMethod
@@ -45,7 +46,8 @@ class PveraConfig(TargetedConfig):
     init_weights: bool = field(default=True, metadata={"help": "Start at the base model; False: at a random update."})
     sample_at_inference: bool = field(default=False, metadata={"help": "Draw z in evaluation as well."})
     generator_seed: int | None = field(
-        default=None, metadata={"help": "Seed of each layer's noise; None: the default generator."}
+        default=None,
+        metadata={"help": "Seed of each layer's noise; None: the default generator, as gradient checkpointing needs."},
     )
 
     _optional: ClassVar[frozenset[str]] = (TargetedConfig._optional - {"bias"}) | {"exclude_modules"}
@@ -69,6 +71,11 @@ class Noisy(Add):
         deviation = (0.5 * base.lift(self.spread, seen)).exp()
         if self.generator is None:
             noise = torch.randn_like(deviation)
+        elif torch._C._current_graph_task_id() != -1:  # inside backward: this is a pass that checkpointing repeats
+            raise UnsupportedError(
+                "PVeRA's generator_seed gives each layer noise of its own, which gradient checkpointing can't repeat, so "
+                "gradients would be wrong. Leave generator_seed None, or train without checkpointing."
+            )
         else:
             noise = torch.randn(deviation.shape, generator=self.generator, dtype=deviation.dtype).to(deviation.device)
         return base.lift(self.op, seen) + base.out(self.up, noise * deviation)
@@ -79,7 +86,7 @@ class Pvera(WeightMethod, peft_type="PVERA", config=PveraConfig):
     slots = (Slot("pvera_lambda_b", "out"), Slot("pvera_lambda_d", "2*r"))
     settings = ("r", "generator")
     dropout = "pvera_dropout"
-    samples = ({}, {"save_projection": False}, {"init_weights": False, "generator_seed": 3})
+    samples = ({"r": 4}, {"r": 3, "save_projection": False}, {"r": 4, "init_weights": False})
 
     def shared(self, config: PveraConfig, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Tensor]:
         down, up = projections(config, 2 * config.r, targets)

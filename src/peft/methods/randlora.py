@@ -61,7 +61,11 @@ class RandLora(WeightMethod, peft_type="RANDLORA", config=RandLoraConfig):
     slots = (Slot("randlora_lambda", "r bases"), Slot("randlora_gamma", "bases small"))
     settings = ("r", "scaling")
     dropout = "randlora_dropout"
-    samples = ({}, {"save_projection": False, "sparse": True}, {"very_sparse": True, "init_weights": False})
+    samples = (
+        {"r": 4},
+        {"r": 3, "save_projection": False, "sparse": True},
+        {"r": 4, "very_sparse": True, "init_weights": False},
+    )
 
     def shared(self, config: RandLoraConfig, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Tensor]:
         widest = max(h.in_features for h in targets.values()), max(h.out_features for h in targets.values())

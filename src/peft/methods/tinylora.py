@@ -94,7 +94,7 @@ class TinyLora(WeightMethod, peft_type="TINYLORA", config=TinyLoraConfig):
         p.tinylora_P.copy_(torch.randn(p.tinylora_P.shape, generator=generator) / math.sqrt(p.r))
 
     def reset(self, p: Parts, host: Host) -> None:
-        weight = host.weight().mT if host.one_hot else host.weight()
+        weight = p.call(host).weight.mT if host.one_hot else p.call(host).weight
         u, s, vt = torch.linalg.svd(weight if weight.dtype == torch.float64 else weight.float(), full_matrices=False)
         root = s[: p.r].sqrt()
         p.tinylora_A.copy_(root[:, None] * vt[: p.r])

@@ -55,7 +55,7 @@ class Vera(WeightMethod, peft_type="VERA", config=VeraConfig):
     slots = (Slot("vera_lambda_b", "out"), Slot("vera_lambda_d", "r"))
     settings = ("r",)
     dropout = "vera_dropout"
-    samples = ({}, {"save_projection": False}, {"init_weights": False})
+    samples = ({"r": 4}, {"r": 3, "save_projection": False}, {"r": 4, "init_weights": False})
 
     def shared(self, config: VeraConfig, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Tensor]:
         down, up = projections(config, config.r, targets)
