@@ -68,7 +68,11 @@ def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | No
         targets.complete(config, model)
         matches = targets.find(config, model)
         targets.spell_out(config, model, matches)
-        if (not config.trainable_token_indices and not config.modules_to_save) or config.target_modules or config.target_parameters:
+        if (
+            (not config.trainable_token_indices and not config.modules_to_save)
+            or config.target_modules
+            or config.target_parameters
+        ):
             targets.demand(config, model, matches)
     found = [Target(key, modules[key], _sole_matrix(modules[key])) for key in matches.modules]
     for path in matches.parameters:
@@ -211,7 +215,7 @@ def inject(
     _check_bias(model, config)
     tied = tied_modules(model)
     undo = Undo()
-    frozen = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for _, m in walk(model) for p in m._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -580,22 +584,48 @@ def bias_parameters(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Param
                 yield (f"{name}.{key}" if name else key), parameter
 
 
+def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, without what adapters put into layers: its cost does not grow with their number."""
+    seen: set[int] = set()
+    todo = [(prefix, model)]
+    while todo:
+        path, module = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        dot = f"{path}." if path else ""
+        children = (("base_layer", module.base_layer),) if isinstance(module, AdaptedLayer) else module._modules.items()
+        todo.extend((f"{dot}{name}", child) for name, child in reversed(children) if child is not None)
+
+
 def layers(model: nn.Module) -> Iterator[AdaptedLayer]:
     """All adapted layers of a model."""
-    return (m for m in model.modules() if isinstance(m, AdaptedLayer))
+    return (m for _, m in walk(model) if isinstance(m, AdaptedLayer))
 
 
 def wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
     """All modules of a model that stand for trained copies."""
-    return (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    return (m for _, m in walk(model) if isinstance(m, AuxiliaryTrainingWrapper))
 
 
 def adapters_in(model: nn.Module) -> list[str]:
     """Names of all adapters that have something in the model, in order of appearance."""
+    return _names(*adapted(model))
+
+
+def adapted(model: nn.Module) -> tuple[list[AdaptedLayer], list[AuxiliaryTrainingWrapper]]:
+    """`layers` and `wrappers`, in one walk."""
+    found = [m for _, m in walk(model)]
+    every = [m for m in found if isinstance(m, AdaptedLayer)]
+    return every, [m for m in found if isinstance(m, AuxiliaryTrainingWrapper)]
+
+
+def _names(every: Sequence[AdaptedLayer], besides: Sequence[AuxiliaryTrainingWrapper]) -> list[str]:
     names: dict[str, None] = {}
-    for layer in layers(model):
-        names.update(dict.fromkeys(layer.available_adapters))
-    for wrapper in wrappers(model):
+    for layer in every:
+        names.update(layer._adapters)
+    for wrapper in besides:
         names.update(dict.fromkeys(wrapper.names()))
     return list(names)
 
@@ -607,22 +637,23 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         AdapterNameError: nothing in the model has such an adapter.
     """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    there = adapters_in(model)
+    every, besides = adapted(model)
+    there = _names(every, besides)
     for name in names:
         if name not in there and there:
             raise AdapterNameError(f"Adapter {name!r} was not found.{nearest(name, there)} Adapters: {there}.")
-    for wrapper in wrappers(model):
+    for wrapper in besides:
         if len([n for n in names if n in wrapper.names()]) > 1:
             wrapper.set_adapter(names)  # raises before anything changes
-    tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
-    for layer in layers(model):
+    tokens = {id(w.token_adapter) for w in besides if isinstance(w, TrainableTokensWrapper)}
+    for layer in every:
         if id(layer) not in tokens:
             if layer.merged and layer.merged_adapters != names:
                 warnings.warn(
                     "Adapters are merged; the merged ones stay in effect until unmerge().", PeftWarning, stacklevel=2
                 )
             layer.set_adapter(names, inference_mode)
-    for wrapper in wrappers(model):
+    for wrapper in besides:
         wrapper.set_adapter(names, inference_mode)
 
 

@@ -67,32 +67,36 @@ def get_peft_model_state_dict(
     config = config_of(model, adapter_name)
     if config.is_prompt_learning:
         return model.prompt_state_dict(adapter_name)
-    source = _tensors(model) if state_dict is None else {keys.strip(k): v for k, v in state_dict.items()}
+    source = _tensors(model, adapter_name) if state_dict is None else {keys.strip(k): v for k, v in state_dict.items()}
     result = keys.to_file(model, keys.entries(model, adapter_name), adapter_name, source)
     for disk, (memory, tensor) in keys.bank_entries(model, adapter_name).items():
         result[_bank_name(model, disk)] = source.get(_bank_name(model, memory), tensor.detach())
     for name, _ in inject.bias_parameters(model, config.bias):
         result[keys.strip(name)] = source[keys.strip(name)]
-    for name in _embedding_names(model, save_embedding_layers):
+    for name in _embedding_names(model, save_embedding_layers, source):
         result.setdefault(name, source[name])
     return result
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    found.update((name, b) for name, b in model.named_buffers(remove_duplicate=False))
-    return {keys.strip(name): tensor for name, tensor in found.items()}
+def _tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Tensors of the model by name, those of other adapters left out."""
+    found = {}
+    for path, owner in keys.owners(model, adapter):
+        dot = keys.strip(f"{path}.") if path else ""
+        for held in (owner._parameters, owner._buffers):
+            found.update((dot + name, tensor.detach()) for name, tensor in held.items() if tensor is not None)
+    return found
 
 
 def _bank_name(model: nn.Module, name: str) -> str:
     return f"base_model.{name}" if hasattr(model, "base_model") and hasattr(model, "peft_type") else name
 
 
-def _embedding_names(model: nn.Module, wanted: bool | str) -> list[str]:
+def _embedding_names(model: nn.Module, wanted: bool | str, known: Mapping[str, Tensor]) -> list[str]:
     if wanted is False:
         return []
     found = []
-    for name, module in model.named_modules():
+    for name, module in inject.walk(model):
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             continue
         plain = name.removesuffix(".base_layer").rpartition(".")[2]
@@ -100,10 +104,7 @@ def _embedding_names(model: nn.Module, wanted: bool | str) -> list[str]:
         inside = ".modules_to_save." in name or ".lora_" in name
         if is_one and not inside and (wanted is True or module.weight.requires_grad):
             found.append(keys.strip(f"{name}.weight").replace("original_module.", ""))
-    if wanted is True:
-        known = _tensors(model)
-        return [n for n in found if n in known]
-    return found
+    return [n for n in found if n in known] if wanted is True else found
 
 
 def set_peft_model_state_dict(
@@ -154,7 +155,7 @@ def load_tensors(
     rest = [name for name in rest if not _repeats(name, given)]
     extra = {name: p for name, p in inject.bias_parameters(model, config.bias)}  # type: ignore[attr-defined]
     extra = {keys.strip(name): p for name, p in extra.items()}
-    current = {**_tensors(model), **{k: v.detach() for k, v in extra.items()}}
+    current = {**_tensors(model, adapter_name), **{k: v.detach() for k, v in extra.items()}}
     for name in [n for n in rest if n in extra or _is_embedding(n, current)]:
         placed[name] = given[name]
         rest.remove(name)
@@ -172,7 +173,7 @@ def load_tensors(
         if name in wrong:
             continue
         _assign(model, name, tensor, current.get(name), real.get(name), device, replaced)
-    keys.share(model, replaced)
+    keys.share(model, adapter_name, replaced)
     _fill_missing(model, config, adapter_name, [n for n in (*report.missing_keys, *wrong) if n in real], real, placed)
     return report
 
@@ -291,7 +292,7 @@ def describe(state: Mapping[str, Tensor]) -> int:
 def base_sketch(model: nn.Module, adapter: str, only: list[str] | None = None) -> dict[str, Any] | None:
     """The fingerprint of the base weights that an adapter changes; None if there are none."""
     found = {}
-    for path, module in model.named_modules():
+    for path, module in inject.walk(model):
         if isinstance(module, AdaptedLayer) and adapter in module.available_adapters:
             original = module._originals.get("parameters", {}) if module.merged else {}
             name = module.host.parameter
