@@ -73,8 +73,8 @@ class Noisy(Add):
             noise = torch.randn_like(deviation)
         elif torch._C._current_graph_task_id() != -1:  # inside backward: this is a pass that checkpointing repeats
             raise UnsupportedError(
-                "PVeRA's generator_seed gives each layer noise of its own, which gradient checkpointing can't repeat, so "
-                "gradients would be wrong. Leave generator_seed None, or train without checkpointing."
+                "PVeRA's generator_seed gives each layer noise of its own, which gradient checkpointing can't repeat, "
+                "so gradients would be wrong. Leave generator_seed None, or train without checkpointing."
             )
         else:
             noise = torch.randn(deviation.shape, generator=self.generator, dtype=deviation.dtype).to(deviation.device)

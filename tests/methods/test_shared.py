@@ -1,0 +1,112 @@
+"""Methods whose layers share tensors: seeds mean what they mean to the reference, files hold what theirs hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import peft
+from tests.methods.both import run
+
+DRAW = """
+    from torch import nn
+
+    base = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))
+    config = getattr(peft, kind)(target_modules=["0", "1"], **options)
+    model = peft.get_peft_model(base, config)
+    result = {n: t.tolist() for n, t in model.named_buffers() if any(n.endswith(f"{name}.default") for name in names)}
+"""
+
+
+def adapted(config: peft.PeftConfig) -> nn.Module:
+    torch.manual_seed(0)
+    return peft.get_peft_model(nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8)), config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "names"),
+    [
+        ("VeraConfig", {"r": 4, "projection_prng_key": 7}, ["vera_A", "vera_B"]),
+        ("PveraConfig", {"r": 4, "projection_prng_key": 7}, ["pvera_A", "pvera_B"]),
+        ("RandLoraConfig", {"r": 4, "projection_prng_key": 7}, ["randlora_A", "randlora_B"]),
+        ("RandLoraConfig", {"r": 4, "sparse": True}, ["randlora_A", "randlora_B"]),
+        ("RandLoraConfig", {"r": 4, "very_sparse": True}, ["randlora_A", "randlora_B"]),
+        ("TinyLoraConfig", {"u": 4, "projection_seed": 7}, ["tinylora_P"]),
+        ("UniLoraConfig", {"theta_d_length": 50, "proj_seed": 7}, ["unilora_indices_A", "unilora_scales_B"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_seeds_draw_what_the_reference_draws(pair, kind, options, names):
+    ours, reference = (run(s, DRAW, kind=kind, options=options, names=names) for s in (pair.ours, pair.reference))
+    assert reference
+    assert ours.keys() == reference.keys()
+    for name, values in reference.items():
+        torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(values), rtol=1e-6, atol=1e-7)
+
+
+def test_shared_tensors_are_one_tensor():
+    model = adapted(peft.VeraConfig(r=4, target_modules=["0", "1"]))
+    first, second = model.base_model.model
+    assert first.vera_A["default"] is second.vera_A["default"]
+    assert sum("vera_A" in name for name, _ in model.named_buffers()) == 1
+
+
+def test_deleting_one_adapter_leaves_the_bank_of_the_other():
+    model = adapted(peft.VBLoRAConfig(num_vectors=6, vector_length=4, target_modules=["0", "1"]))
+    model.add_adapter("other", peft.VBLoRAConfig(num_vectors=5, vector_length=2, target_modules=["0"]))
+    x = torch.randn(3, 12)
+    before = model(x)
+    model.delete_adapter("other")
+    torch.testing.assert_close(model(x), before)
+    assert list(model.base_model.vblora_vector_bank) == ["default"]
+
+
+def test_topk_files_keep_the_output_and_refuse_training(tmp_path):
+    config = peft.VBLoRAConfig(
+        num_vectors=300, vector_length=4, topk=3, save_only_topk_weights=True, target_modules=["0", "1"]
+    )
+    model = adapted(config).eval()
+    x = torch.randn(3, 12)
+    expected = model(x)
+    state = peft.get_peft_model_state_dict(model)
+    index = state["base_model.model.0.vblora_logits_A_topk_indices"]
+    assert index.dtype == torch.int16
+    assert index.shape[-1] == 3
+    assert state["base_model.model.0.vblora_logits_A_topk_weights"].shape[-1] == 2
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8)), tmp_path).eval()
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="save_only_topk_weights"):
+        loaded.train()(x)
+
+
+def test_vectors_tied_over_all_layers_train_together():
+    model = adapted(peft.TinyLoraConfig(u=4, weight_tying=1.0, target_modules=["0", "1"]))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["base_model.model.0.tinylora_v.default.0"]
+
+
+def test_noise_of_pvera_ends_with_training():
+    model = adapted(peft.PveraConfig(r=4, init_weights=False, target_modules=["0"]))
+    x = torch.randn(3, 12)
+    assert not torch.equal(model.train()(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_pvera_draws_the_same_noise_from_the_same_seed():
+    config = {"r": 4, "init_weights": False, "generator_seed": 5, "target_modules": ["0"]}
+    x = torch.randn(3, 12)
+    one, two = (adapted(peft.PveraConfig(**config)).train() for _ in range(2))
+    torch.manual_seed(1)
+    first = one(x)
+    torch.manual_seed(2)
+    torch.testing.assert_close(two(x), first)
+
+
+def test_a_layer_alone_can_not_have_a_share_of_uni_lora():
+    from peft.tuners.unilora import Linear
+
+    with pytest.raises(NotImplementedError, match="get_peft_model"):
+        Linear(nn.Linear(4, 3), "default", config=peft.UniLoraConfig())
