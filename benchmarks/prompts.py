@@ -1,7 +1,8 @@
 """Which prompt method learns what: a small Llama that copies digits is taught to reverse them, without a hint.
 
 The base model is trained on `hint digits sep answer`, where one hint means "copy", one "reverse" and a neutral one
-"copy". Every method then has 300 steps to make the neutral hint mean "reverse". Prints exact matches of greedy decoding.
+"copy". Every method then has 300 steps to make the neutral hint mean "reverse". Prints exact matches of greedy
+decoding.
 
     python benchmarks/prompts.py
 """

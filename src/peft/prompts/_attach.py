@@ -281,6 +281,11 @@ def _restore_in_checkpoints(stack: nn.Module, opened: Scope) -> list[Any]:
     return found
 
 
+def is_checkpointed(stack: nn.Module) -> bool:
+    """Whether some layer of a stack is checkpointed while it trains."""
+    return any(module.__dict__.get("gradient_checkpointing", False) for module in stack.modules())
+
+
 def _is_reentrant(function: Any) -> bool:
     return getattr(function, "keywords", {}).get("use_reentrant", True)
 

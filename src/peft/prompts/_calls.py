@@ -12,7 +12,7 @@ from peft import registry, routing
 from peft.config import PromptLearningConfig, TaskType
 from peft.errors import ConfigError, PeftWarning
 from peft.prompts import _geometry
-from peft.prompts._attach import no_scope, prompt_arguments, scope, site_of
+from peft.prompts._attach import is_checkpointed, no_scope, prompt_arguments, scope, site_of
 from peft.prompts._encoder import BasePromptEncoder, KeyValues
 from peft.prompts._prefix import Rows, kind, rows_of
 from peft.prompts.cpt import CPTConfig, cpt_loss
@@ -78,7 +78,7 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             with scope(site_of(base), rows, virtual=True, side=1):
                 return base.generate(**kwargs | {"use_cache": False})
         stack = _geometry.attention_stack(base)
-        if stack is not None and stack.training and getattr(stack, "is_gradient_checkpointing", False):
+        if stack is not None and stack.training and is_checkpointed(stack):
             # Checkpointed layers are given no cache, so the virtual tokens go through them at every step.
             with scope(site_of(base), rows, virtual=True):
                 return base.generate(*args, **kwargs | {"use_cache": False})
