@@ -354,6 +354,9 @@ class PeftModel(nn.Module):
         self.base_model = cls(base, {name: config}, name, meta, None, autocast)
         for parameter in trainable:
             parameter.requires_grad_(True)
+        if self._peft_config:  # a prompt is active, and adding an adapter changes nothing
+            for module in (*inject.layers(base), *inject.wrappers(base)):
+                module.set_adapter([n for n in self.active_adapters if n in self._peft_config])
 
     def _train_heads(self, config: PeftConfig) -> None:
         """The heads of the task train whole with the adapter."""
