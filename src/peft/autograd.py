@@ -340,9 +340,8 @@ def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Te
         return None
     if x.device.type == "meta":
         return None
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
-    if x.dtype != dtype and (not autocast or x.dtype == torch.float64):
+    dtype, autocast = _dtype(x, weight), torch.is_autocast_enabled(x.device.type)
+    if dtype is None:
         return None
     rate = 0.0 if add.dropout is None else add.dropout.p if type(add.dropout) is nn.Dropout else None
     parts = tuple(_tensors(add.op))
@@ -379,6 +378,63 @@ def _together(updates: list[Update]) -> Update | None:
         ups.append(update.op.up * update.op.scale)
         shift = update.add_bias(shift, None)  # type: ignore[arg-type]
     return Add(LowRank(torch.cat(downs), torch.cat(ups, 1)), shift) if downs else None
+
+
+def mixed(
+    updates: Sequence[Update | None], index: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """The output of a linear layer for samples with their own low-rank updates, in two batched products; else None.
+
+    Ranks are padded to the largest. What it costs depends on the samples, hardly on the number of adapters.
+
+    Args:
+        updates: The distinct ones; None for samples without any.
+        index: Which of them each sample has (batch,).
+        x: Input (batch, …, in).
+        weight: W (out, in).
+        bias: b (out,), or None.
+    """
+    there = [u for u in updates if u is not None]
+    if not there:
+        return _linear(x, weight, bias)
+    thin = all(isinstance(u, Add) and isinstance(u.op, LowRank) and u.op.groups == 1 and u.shift is None for u in there)
+    dtype = _dtype(x, weight) if thin and x.is_floating_point() else None
+    rates = {getattr(u.dropout, "p", None) if u.dropout is not None else 0.0 for u in there} if thin else set()  # type: ignore[union-attr]
+    if dtype is None or len(rates) != 1 or None in rates:
+        return None
+    ops = [u.op if u is not None else None for u in updates]  # type: ignore[union-attr]
+    if not _plain(x, weight, bias, *(t for op in ops if op is not None for t in (op.down, op.up))):
+        return None
+    rank = max(op.down.shape[0] for op in ops if op is not None)
+    down = torch.stack(
+        [weight.new_zeros(rank, x.shape[-1], dtype=dtype) if op is None else _tall(op.down, rank, dtype) for op in ops]
+    )
+    up = torch.stack(
+        [
+            weight.new_zeros(rank, weight.shape[0], dtype=dtype) if op is None else _tall(op.up.mT, rank, dtype)
+            for op in ops
+        ]
+    )
+    scales = [0.0 if op is None else op.scale for op in ops]
+    scale = torch.stack([torch.as_tensor(s, dtype=dtype, device=x.device) for s in scales])
+    flat, rate = x.to(dtype).reshape(x.shape[0], -1, x.shape[-1]), rates.pop()
+    with torch.autocast(x.device.type, enabled=False):
+        hidden = torch.bmm(F.dropout(flat, rate) if rate else flat, down[index].mT) * scale[index][:, None, None]
+        y, up = _linear(flat, weight, bias), up[index]
+        y = torch.baddbmm(y, hidden, up) if torch.is_grad_enabled() else y.baddbmm_(hidden, up)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _tall(factor: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """A factor (r, n) with rows of zeros up to `rank`."""
+    return F.pad(factor, (0, 0, 0, rank - factor.shape[0])).to(dtype) if factor.shape[0] < rank else factor.to(dtype)
+
+
+def _dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype that a linear layer computes in; None where it would refuse, or where autocast leaves x alone."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return weight.dtype if x.dtype == weight.dtype else None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
 
 
 def can_fuse(module: nn.Module, *leaves: Any) -> bool:

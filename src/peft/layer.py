@@ -677,6 +677,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 f"adapter_names has {len(rows)} entries, but the batch that reaches this layer has {size} rows. "
                 "Give one name per sample."
             )
+        if not args and not kwargs and (y := self._batched_rows(rows, x)) is not None:
+            return y
         each = [name for name in rows for _ in range(size // len(rows))]
         result: list[tuple[Tensor, Any]] = []
         for name in dict.fromkeys(each):
@@ -687,6 +689,21 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             with routing.route(chosen):  # for adapted layers inside the base layer
                 result.append((index, self._forward(self._stack(chosen), pick(x), tuple(map(pick, args)), picked)))
         return _join(result, dim, size)
+
+    def _batched_rows(self, rows: tuple[str, ...], x: Tensor) -> Tensor | None:
+        """`_forward_rows` in two batched products, if every sample's update is a low-rank sum; else None."""
+        host = self.host
+        if not host.on_input or x.dim() < 2:
+            return None
+        names = [self._stack(routing.use(None if n == routing.BASE else n)) for n in dict.fromkeys(rows)]
+        if any(len(stack) > 1 for stack in names) or not autograd.can_fuse(
+            host.module, *self._leaves(tuple(n for stack in names for n in stack))
+        ):
+            return None
+        updates = [self.updates(stack)[0] if stack else None for stack in names]
+        route = routing.current()
+        route = route if route is not None and route.rows == rows else routing.Route(rows=rows)
+        return autograd.mixed(updates, route.index(x.shape[0], x.device), x, *self._frozen(host))
 
     # merge
 

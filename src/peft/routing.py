@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,17 @@ class Route:
 
     names: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
+    _index: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def index(self, size: int, device: torch.device) -> torch.Tensor:
+        """For each of `size` samples, the place of its adapter among the distinct `rows`; made once per call."""
+        found = self._index.get((size, device))
+        if found is None:
+            rows = self.rows or ()
+            place = {name: i for i, name in enumerate(dict.fromkeys(rows))}
+            each = [place[name] for name in rows for _ in range(size // len(rows))]
+            found = self._index[size, device] = torch.tensor(each, device=device)
+        return found
 
 
 NONE = Route()
