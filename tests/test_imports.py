@@ -38,7 +38,7 @@ RANKS = [
     ["peft.tuner"],
     ["peft.model"],
     ["peft.tasks"],
-    ["peft.mixed_model", "peft.mapping_func", "peft.plan", "peft.verify", "peft.auto"],
+    ["peft.mixed_model", "peft.mapping_func", "peft.plan", "peft.verify", "peft.training_state", "peft.auto"],
     ["peft.optimizers", "peft.helpers", "peft.functional", "peft.mapping", "peft.peft_model", "peft.import_utils"],
     ["peft.tuners", "peft.utils"],
     ["peft.testing", "peft.quickstart", "peft.cli"],

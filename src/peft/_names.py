@@ -48,6 +48,7 @@ _HOMES: dict[str, str] = {
     "peft.combine.convert": "convert_to_lora save_as_lora",
     "peft.combine.files": "combine_files",
     "peft.plan": "plan",
+    "peft.training_state": "load_training_state save_training_state",
     "peft.verify": "verify_merge",
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}

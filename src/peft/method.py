@@ -132,6 +132,13 @@ class WeightMethod:
         """Names of the shared tensors that files hold."""
         return ()
 
+    def run_state(self, tuner: Any, adapter: str) -> dict[str, Any]:
+        """What a training run of the adapter knows beyond its tensors: plain data and tensors, saved to resume."""
+        return {}
+
+    def load_run_state(self, tuner: Any, adapter: str, state: dict[str, Any]) -> None:
+        """The inverse of `run_state`."""
+
     def owns(self, name: str) -> bool:
         """Whether a name in a file (without the layer's path) is one of this method's tensors."""
         return name.startswith(self.prefix)

@@ -96,6 +96,12 @@ class AdaLora(WeightMethod, peft_type="ADALORA", config=AdaLoraConfig):
         {"init_r": 2, "target_r": 1, "total_step": 10, "lora_alpha": 3, "init_lora_weights": False},
     )
 
+    def run_state(self, tuner: Any, adapter: str) -> dict[str, Any]:
+        return training.run_state(tuner, adapter)
+
+    def load_run_state(self, tuner: Any, adapter: str, state: dict[str, Any]) -> None:
+        training.load_run_state(tuner, adapter, state)
+
     def identity_at_start(self, config: AdaLoraConfig) -> bool:
         return config.init_lora_weights is not False
 

@@ -52,6 +52,24 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
                 layer.kept[adapter] = pattern[f"{key}.lora_E"]
 
 
+def run_state(tuner: Any, adapter: str) -> dict[str, Any]:
+    """The importances so far, and the ranks if they are settled."""
+    ranks = allocator(tuner, adapter)
+    config = tuner.peft_config[adapter]
+    return {"ipt": ranks.exp_avg_ipt, "unc": ranks.exp_avg_unc, "rank_pattern": config.rank_pattern}
+
+
+def load_run_state(tuner: Any, adapter: str, state: dict[str, Any]) -> None:
+    """The inverse of `run_state`."""
+    ranks = allocator(tuner, adapter)
+    for held, saved in ((ranks.exp_avg_ipt, state["ipt"]), (ranks.exp_avg_unc, state["unc"])):
+        held.clear()
+        held.update(saved)
+    tuner.peft_config[adapter].rank_pattern = state["rank_pattern"]
+    for key, layer in _layers(tuner, adapter).items() if state["rank_pattern"] else ():
+        layer.kept[adapter] = state["rank_pattern"][f"{key}.lora_E"]
+
+
 def forward(tuner: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the model; in training, a loss in its output gets the orthogonality term."""
     output = tuner.model(*args, **kwargs)
