@@ -128,8 +128,10 @@ def _heights(sizes: Sizes) -> dict[str, tuple[int, int]]:
 
 def augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
     """[W | b], or W alone, in float32 on the CPU, where the same seed means the same everywhere."""
-    weight = weight.detach()
-    return (weight if bias is None else torch.cat([weight, bias.detach()[:, None].to(weight.dtype)], 1)).float().cpu()
+    matrix = weight.detach().float()
+    if bias is not None:
+        matrix = torch.cat([matrix, bias.detach()[:, None].float()], 1)
+    return matrix if matrix.device.type == "meta" else matrix.cpu()
 
 
 def principal(matrix: Tensor, config: AdamssConfig, r: int) -> tuple[Tensor, Tensor]:
