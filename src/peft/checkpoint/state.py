@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft import inject
+from peft import inject, targets
 from peft.auxiliary import AuxiliaryTrainingWrapper
 from peft.checkpoint import files, fingerprint, keys, tensors
 from peft.checkpoint.report import LoadReport
@@ -95,14 +95,15 @@ def _bank_name(model: nn.Module, name: str) -> str:
 def _embedding_names(model: nn.Module, wanted: bool | str, known: Mapping[str, Tensor]) -> list[str]:
     if wanted is False:
         return []
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = {id(inject._inner(module)) for _, module in targets._adaptable(base)}
     found = []
     for name, module in inject.walk(model):
-        if not isinstance(module, (nn.Embedding, nn.Linear)):
+        if id(module) not in own or not isinstance(module, (nn.Embedding, nn.Linear)):
             continue
         plain = name.removesuffix(".base_layer").rpartition(".")[2]
         is_one = isinstance(module, nn.Embedding) or plain in _EMBEDDINGS
-        inside = ".modules_to_save." in name or ".lora_" in name
-        if is_one and not inside and (wanted is True or module.weight.requires_grad):
+        if is_one and (wanted is True or module.weight.requires_grad):
             found.append(keys.strip(f"{name}.weight").replace("original_module.", ""))
     return [n for n in found if n in known] if wanted is True else found
 
