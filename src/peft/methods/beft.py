@@ -26,7 +26,7 @@ class BeftConfig(TargetedConfig):
         True
     """
 
-    init_weights: bool = field(default=True, metadata={"help": "Start at zero; False: from small noise."})
+    init_weights: bool = field(default=True, metadata={"help": "Start at zero; False: from a normal distribution."})
 
     _optional: ClassVar[frozenset[str]] = TargetedConfig._optional | {
         "exclude_modules",
@@ -59,7 +59,7 @@ class Beft(WeightMethod, peft_type="BEFT", config=BeftConfig):
         return {}
 
     def reset(self, p: Parts, host: Host) -> None:
-        nn.init.zeros_(p.beft_bias) if p.config.init_weights else nn.init.normal_(p.beft_bias, std=0.02)
+        nn.init.zeros_(p.beft_bias) if p.config.init_weights else nn.init.normal_(p.beft_bias)
 
     def update(self, p: Parts, host: Host) -> Update:
         return Shift(p.beft_bias.flatten())

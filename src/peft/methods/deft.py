@@ -33,7 +33,7 @@ class DeftConfig(TargetedConfig):
 
     r: int = field(default=8, metadata={"help": "Dimension of the subspace; at most the layer's output."})
     decomposition_method: Literal["relu", "qr"] = field(default="relu", metadata={"help": "How P̂ and Q follow from P."})
-    init_scale: float = field(default=1.0, metadata={"help": "Factor on the initial P."})
+    init_scale: float = field(default=1.0, metadata={"help": "Factor on R where it starts at random."})
     alpha: int | None = field(default=None, metadata={"help": "Scale R's part by alpha / r; None: by 1."})
     para: bool = field(default=False, metadata={"help": "Only take out, without R."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Base weight is (in, out); found out by layer type."})
@@ -52,7 +52,7 @@ class DeftConfig(TargetedConfig):
 
 class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
     slots = (Slot("deft_P", "out r"), Slot("deft_R", "r in", when="replaces"))
-    settings = ("r", "scaling")
+    settings = ("r",)
     dropout = "deft_dropout"
     samples = (
         {"r": 2},
@@ -62,26 +62,19 @@ class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
     )
 
     def resolve(self, config: DeftConfig, host: Host, site: Site) -> dict[str, Any]:
-        r = min(config.r, host.out_features)
-        return {"r": r, "scaling": self._scaling(config, r), "replaces": not config.para}
-
-    def initial_scaling(self, p: Parts) -> float:
-        return self._scaling(p.config, p.r)
-
-    def _scaling(self, config: DeftConfig, r: int) -> float:
-        return 1.0 if config.alpha is None else config.alpha / r
+        return {"r": min(config.r, host.out_features), "replaces": not config.para}
 
     def identity_at_start(self, config: DeftConfig) -> bool:
         return config.init_weights and not config.para
 
     def reset(self, p: Parts, host: Host) -> None:
-        nn.init.normal_(p.deft_P, std=0.02 * p.config.init_scale)
+        nn.init.normal_(p.deft_P, std=0.02)
         if p.has("deft_R"):
             if p.config.init_weights:
                 reads = self._pair(p)[1]
-                p.deft_R.copy_(reads.mT @ host.weight().to(reads.dtype) / p.scaling)
+                p.deft_R.copy_(reads.mT @ host.weight().to(reads.dtype) / _scale(p))
             else:
-                nn.init.normal_(p.deft_R, std=0.02)
+                nn.init.normal_(p.deft_R, std=0.02 * p.config.init_scale)
 
     def _pair(self, p: Parts) -> tuple[Tensor, Tensor]:
         """Q and P̂, each (out, r)."""
@@ -94,5 +87,9 @@ class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
         writes, reads = self._pair(p)
         inner = -(reads.mT @ host.weight().to(reads.dtype))
         if p.has("deft_R"):
-            inner = inner + p.deft_R * p.scaling
+            inner = inner + p.deft_R * _scale(p)
         return Add(LowRank(inner, writes), None, p.dropout)
+
+
+def _scale(p: Parts) -> float:
+    return 1.0 if p.config.alpha is None else p.config.alpha / p.r

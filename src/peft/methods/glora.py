@@ -96,6 +96,10 @@ class Glora(WeightMethod, peft_type="GLORA", config=GloraConfig):
                 else:
                     nn.init.zeros_(tensor) if p.config.init_weights else nn.init.normal_(tensor, std=0.02)
 
+    def from_file(self, p: Parts, tensors: dict[str, Tensor], config: GloraConfig) -> dict[str, Tensor]:
+        """HF PEFT writes zeros for supports that are not there."""
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith(".zeros")}
+
     def update(self, p: Parts, host: Host) -> Update:
         a, b, c, d, e = (support(getattr(p, slot.name)) for slot in self.slots)
 
