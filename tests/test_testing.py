@@ -17,15 +17,16 @@ from peft.testing import PLACES, Cell, Report, check_method, samples
 from peft.updates import Add, After
 
 
+@dataclass
+class OddConfig(TargetedConfig):
+    pass
+
+
 @pytest.fixture
 def method():
     """Registers a method of rank one with given replacements, and takes it out again."""
 
     def make(**changes):
-        @dataclass
-        class OddConfig(TargetedConfig):
-            pass
-
         body = {
             "slots": (Slot("odd_a", "1 in"), Slot("odd_b", "out 1")),
             "reset": lambda self, p, host: (p.odd_a.fill_(0.5), p.odd_b.zero_()),

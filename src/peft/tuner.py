@@ -255,9 +255,22 @@ def tuner_class(peft_type: str) -> type[BaseTuner]:
         "peft_type": peft_type,
         "tuner_layer_cls": marker(peft_type),
         "__module__": f"peft.tuners.{peft_type.lower()}.model",
+        "__reduce_ex__": _reduce,
         **method.tuner_methods,
     }
     return type(f"{method.class_name}Model", (BaseTuner,), body)
+
+
+def _reduce(tuner: BaseTuner, protocol: Any) -> Any:
+    """Pickles name the method: the module of a third-party method's tuner class exists nowhere."""
+    return _rebuild, (tuner.peft_type,), tuner.__dict__
+
+
+def _rebuild(peft_type: str) -> BaseTuner:
+    cls = tuner_class(peft_type)
+    tuner = cls.__new__(cls)
+    nn.Module.__init__(tuner)
+    return tuner
 
 
 def has_adapters(model: nn.Module) -> bool:
