@@ -14,6 +14,7 @@ from peft import registry
 
 _ROOT = "peft.tuners"
 _PARTS = ("config", "layer", "model")
+_ELSEWHERE = {"adamss.asa_callback": "peft.integrations.callbacks"}
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -23,6 +24,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if not name.startswith(f"{_ROOT}."):
             return None
         method, _, part = name[len(_ROOT) + 1 :].partition(".")
+        if f"{method}.{part}" in _ELSEWHERE:
+            return importlib.machinery.ModuleSpec(name, self)
         if registry.module_of(method) is None or (part and part not in _PARTS):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=not part)
@@ -31,6 +34,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
+        if other := _ELSEWHERE.get(module.__name__[len(_ROOT) + 1 :]):
+            module.__getattr__ = lambda name: getattr(importlib.import_module(other), name)  # type: ignore[attr-defined]
+            return
         kind = module.__name__[len(_ROOT) + 1 :].partition(".")[0].upper()
         home = importlib.import_module(str(registry.module_of(kind)))
         module.__doc__ = f"The path of HF PEFT for {home.__name__}."
