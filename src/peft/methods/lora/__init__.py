@@ -14,6 +14,7 @@ from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods.lora.config import LoraConfig, variants
 from peft.methods.lora.inits import CHANGES_BASE, fill
+from peft.methods.lora.ranks import resized
 from peft.operators import LowRank
 from peft.slots import Slot
 from peft.updates import Add, Magnitude, Update, row_norms
@@ -88,11 +89,26 @@ class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
         add = Add(self.operator(p, host), shift, p.dropout)
         return Magnitude(add, p.lora_magnitude_vector.flatten()) if p.use_dora else add
 
+    def mirrored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        embedding, linear = ("lora_embedding_A", "lora_embedding_B"), ("lora_A.weight", "lora_B.weight")
+        for ours, theirs in ((embedding, linear), (linear, embedding)):
+            if set(tensors) == set(ours):
+                return {theirs[0]: tensors[ours[1]].mT, theirs[1]: tensors[ours[0]].mT}
+        return {}
+
     def identity_at_start(self, config: LoraConfig) -> bool:
         return config.init_lora_weights is not False
 
     def initial_scaling(self, p: Parts) -> float:
         return scaling(p.r, p.lora_alpha, p.use_rslora)
+
+    def to_file(self, p: Parts, name: str, tensor: Tensor, config: Any) -> dict[str, Tensor]:
+        """Factors that were padded for hot-swapping are saved with the ranks they have."""
+        if not isinstance(p.scaling, Tensor):
+            return {name: tensor}
+        up = name in ("lora_B.weight", "lora_embedding_B")
+        factor = up or name in ("lora_A.weight", "lora_embedding_A")
+        return {name: resized(tensor, up, p.r, p.layer.host) if factor else tensor}
 
 
 def scaling(r: int, alpha: float, rslora: bool) -> float:
