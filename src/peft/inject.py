@@ -18,7 +18,7 @@ from peft.hosts import Host, host_class
 from peft.hosts.parameter import ParameterHost
 from peft.layer import AdaptedLayer, adapt
 from peft.method import Site, WeightMethod, method_of
-from peft.slots import adapter_dtype, container
+from peft.slots import BufferDict, adapter_dtype, container
 
 
 @dataclass
@@ -50,6 +50,8 @@ class Plan:
     whole: list[str] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     matches: targets.Matches = field(default_factory=targets.Matches)
+    followers: dict[str, str] = field(default_factory=dict)
+    """Layers that share the weight of a target, and take part in its adapter: their paths, and the target's."""
 
 
 def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | None = None) -> Plan:
@@ -214,6 +216,7 @@ def inject(
     check_unmatched(model, config, plan)
     _check_bias(model, config)
     tied = tied_modules(model)
+    _follow_ties(config, method, plan, tied)
     undo = Undo()
     frozen = [p for _, m in walk(model) for p in m._parameters.values() if p is not None and p.requires_grad]
     try:
@@ -232,6 +235,9 @@ def inject(
             autocast_adapter_dtype,
             create,
         )
+        for key, lead in plan.followers.items():
+            leader = _layer_of(_at(model, lead), None)
+            wrap(model, config, adapter_name, Target(key, _at(model, key)), {"leader": leader}, undo)
         _train_whole(model, config, adapter_name, plan.whole, tied, undo, autocast_adapter_dtype)
         _train_tokens(model, config, adapter_name, plan.tokens, tied, undo, low_cpu_mem_usage, autocast_adapter_dtype)
     except BaseException:
@@ -239,6 +245,36 @@ def inject(
         raise
     _train_biases(model, config)
     return plan
+
+
+def _follow_ties(config: TargetedConfig, method: WeightMethod, plan: Plan, tied: dict[int, list[str]]) -> None:
+    """Where targets share a weight and ties are kept: one has the adapter, and all others follow it."""
+    for paths in tied.values():
+        mine = [t for t in plan.targets if t.parameter is None and t.key in paths]
+        others = [p for p in paths if p not in plan.whole]
+        if not mine or len(others) < 2:
+            continue
+        apart = (config._from_file and not method.ties) or not set(paths).isdisjoint(plan.matches.excluded)
+        if config.ensure_weight_tying is None and apart:
+            config.ensure_weight_tying = False
+        partners = [p for p in others if p != mine[0].key]
+        if not _keep_tied(config, "the adapter", mine[0].key, partners):
+            continue
+        if not method.mergeable:
+            raise TargetError(
+                f"{mine[0].key!r} shares its weight with {partners}, and {method.peft_type} has no weight that they could "
+                "share. Set ensure_weight_tying=False to adapt it alone."
+            )
+        leader = next((t for t in mine if t.host.one_hot), mine[0]).key
+        plan.followers.update({path: leader for path in others if path != leader})
+    plan.targets = [t for t in plan.targets if t.parameter is not None or t.key not in plan.followers]
+
+
+def _at(model: nn.Module, key: str) -> nn.Module:
+    parent, name = parent_of(model, key)
+    module = parent._modules[name]
+    assert module is not None
+    return module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
 
 
 def check_unmatched(model: nn.Module, config: TargetedConfig, plan: Plan) -> None:
@@ -398,7 +434,7 @@ def _share(
         shared = method.shared(config, hosts, first.device, adapter_dtype(first.dtype, autocast))
     banks: dict[str, nn.Module] = {}
     for name, value in shared.items():
-        if not isinstance(value, (Tensor, nn.ParameterDict)):
+        if not isinstance(value, (Tensor, nn.ParameterDict, BufferDict)):
             continue
         if name not in root._modules:
             root.add_module(name, container(value, saved=False))

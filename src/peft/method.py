@@ -57,6 +57,8 @@ class WeightMethod:
     dropout: ClassVar[str | None] = None
     """Config field, and dict on the layer, of the dropout on the adapter's input."""
     mergeable: ClassVar[bool] = True
+    ties: ClassVar[bool] = False
+    """Whether files that say nothing of ties were made with ties kept."""
     fallback_targets: ClassVar[str | None] = None
     """`target_modules` for architectures of which no default is known; None: the user has to say."""
     samples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
@@ -95,6 +97,9 @@ class WeightMethod:
         Here and in `reset`, `p.site` says where the layer is.
         """
 
+    def loaded(self, p: Parts, host: Host) -> None:
+        """Refill what follows from banks, in place, after a file may have brought other ones. Runs under `no_grad`."""
+
     def update(self, p: Parts, host: Host) -> Update:
         """The update that the adapter is."""
         raise NotImplementedError
@@ -104,7 +109,7 @@ class WeightMethod:
     def shared(self, config: Any, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Any]:
         """What all layers of one adapter share, made once per adapter before the layers.
 
-        Tensors, parameters and groups of parameters become banks: `p.<name>` on each layer, one entry in the model
+        Tensors, parameters and groups (`ParameterDict`, `BufferDict`) become banks: `p.<name>` on each layer, one entry in the model
         (`base_model.<name>`).
         Other values are only for `resolve`, as `site.shared`.
         """
@@ -131,6 +136,13 @@ class WeightMethod:
     def saved_banks(self, config: Any) -> tuple[str, ...]:
         """Names of the shared tensors that files hold."""
         return ()
+
+    def mirrored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds for a layer tied to the one whose tensors these are (names without the layer's path).
+
+        Nothing, by default: the tensors of one layer and `ensure_weight_tying` say it all.
+        """
+        return {}
 
     def run_state(self, tuner: Any, adapter: str) -> dict[str, Any]:
         """What a training run of the adapter knows beyond its tensors: plain data and tensors, saved to resume."""

@@ -63,6 +63,9 @@ class BufferDict(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self._buffers)
 
+    def items(self):
+        return self._buffers.items()
+
     def keys(self):
         return self._buffers.keys()
 
@@ -188,7 +191,7 @@ def container(value: nn.Module | Tensor, saved: bool) -> nn.Module:
 
 def tensor_of(value: nn.Module | Tensor) -> Any:
     """The tensor of a slot's value as a method sees it: factors of convolutions as matrices. A group stays a dict, leaves are a list."""
-    if isinstance(value, nn.ParameterDict):
+    if isinstance(value, (nn.ParameterDict, BufferDict)):
         return value
     if isinstance(value, nn.ModuleList):
         return [leaf.weight for leaf in value]

@@ -5,11 +5,11 @@
     for config in samples("MYMETHOD"):
         print(check_method(config))
 
-Each cell, a config on a kind of layer, goes through all checks: the law (running with adapters equals running the merged
-weights, alone, stacked, and partly merged), gradients against the dense form, the start, names, saving and loading,
-merging and unmerging, adapters side by side, deletion, renaming, disabling, moves, copies, compilation, gradient
-checkpointing, autocast, fake tensors. A method may refuse a kind of layer by raising `TargetError`, `ConfigError` or
-`UnsupportedError` when it is put there; the cell is then recorded as refused, with the reason.
+Each cell, a config on a kind of layer, goes through all checks: the law (running with adapters equals running the
+merged weights, alone, stacked, and partly merged), gradients against the dense form, the start, names, saving and
+loading, merging and unmerging, adapters side by side, deletion, renaming, disabling, moves, copies, compilation,
+gradient checkpointing, autocast, fake tensors. A method may refuse a kind of layer by raising `TargetError`,
+`ConfigError` or `UnsupportedError` when it is put there; the cell is then recorded as refused, with the reason.
 """
 
 from __future__ import annotations
@@ -271,6 +271,9 @@ def _try(config: TargetedConfig, name: str, checks: list[str]) -> Cell:
         except ImportError as missing:
             cell.refused = f"needs {missing.name}"
             return cell
+        except Exception as error:
+            cell.failed["injection"] = _reason(error)
+            return cell
         for check in checks:
             try:
                 CHECKS[check](trial)
@@ -425,14 +428,14 @@ def _gradients(t: Trial) -> None:
     y = model(x)
     towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
     found = torch.autograd.grad((y * towards).sum(), [*named.values(), *leaves], allow_unused=True)
-    unused = [name for name, gradient in zip(named, found) if gradient is None]
+    unused = [name for name, gradient in zip(named, found, strict=False) if gradient is None]
     assert not unused, f"no gradient reaches {unused}"
     if not t.method.mergeable:
         return
     with dense(model):
         y = model(x)
     expected = torch.autograd.grad((y * towards).sum(), [*named.values(), *leaves], allow_unused=True)
-    for name, one, two in zip([*named, "the input"], found, expected):
+    for name, one, two in zip([*named, "the input"], found, expected, strict=False):
         assert two is not None, f"no gradient of the dense form reaches {name}"
         close(one, two, 1e-9, f"gradients of {name}, running and dense,")
 
@@ -627,7 +630,7 @@ def _same_gradients(model: nn.Module, one: Callable[[], Any], two: Callable[[], 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(4)
             found.append(torch.autograd.grad(run().square().sum(), list(named.values()), allow_unused=True))
-    for name, a, b in zip(named, *found):
+    for name, a, b in zip(named, *found, strict=True):
         if a is None or b is None:
             assert a is b, f"{what}, a gradient reaches {name} or not"
         else:

@@ -103,7 +103,8 @@ def bank_entries(model: nn.Module, adapter: str, saved: bool = True) -> dict[str
             bank: Any = layer._banks.get(name, {})
             if adapter not in bank:
                 continue
-            parts = bank[adapter].items() if isinstance(bank[adapter], nn.ParameterDict) else [("", bank[adapter])]
+            held = bank[adapter]
+            parts = [("", held)] if isinstance(held, Tensor) else held.items()
             for part, tensor in parts:
                 end = f".{part}" if part else ""
                 found[f"{name}{end}"] = (f"{name}.{adapter}{end}", tensor)
@@ -139,6 +140,26 @@ def to_file(model: nn.Module, found: Iterable[Entry], adapter: str, tensors: Map
         for key, value in parts.method.to_file(parts, name, tensor, parts.config).items():
             result[f"{path}{key}"] = value
     return result
+
+
+def mirrored(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file says again for layers that are tied to others: names there, and the tensors that they should be.
+
+    Args:
+        model: The model.
+        adapter: The adapter.
+        tensors: Those of the adapter, by names in files.
+    """
+    paths = {id(m): strip(path) for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+    found: dict[str, Tensor] = {}
+    for layer in inject.layers(model):
+        leader = layer._leaders.get(adapter)
+        if leader is None:
+            continue
+        start, method = f"{paths[id(leader)]}.", method_of(layer._adapters[adapter])
+        own = {k[len(start) :]: t for k, t in tensors.items() if k.startswith(start) and method.owns(k[len(start) :])}
+        found.update({f"{paths[id(layer)]}.{name}": t for name, t in method.mirrored(own).items()})
+    return found
 
 
 def _split(disk: str, layer: AdaptedLayer) -> tuple[str, str, str]:
@@ -238,6 +259,7 @@ __all__ = [
     "container",
     "entries",
     "from_file",
+    "mirrored",
     "modules_of",
     "owners",
     "share",

@@ -16,7 +16,7 @@ from peft.auxiliary import AuxiliaryTrainingWrapper
 from peft.checkpoint import files, fingerprint, keys, tensors
 from peft.checkpoint.report import LoadReport
 from peft.config import PeftConfig
-from peft.errors import AdapterNameError, nearest
+from peft.errors import AdapterNameError, LoadError, nearest
 from peft.layer import AdaptedLayer
 from peft.method import method_of
 
@@ -69,6 +69,7 @@ def get_peft_model_state_dict(
         return model.prompt_state_dict(adapter_name)
     source = _tensors(model, adapter_name) if state_dict is None else {keys.strip(k): v for k, v in state_dict.items()}
     result = keys.to_file(model, keys.entries(model, adapter_name), adapter_name, source)
+    result.update({name: t.contiguous() for name, t in keys.mirrored(model, adapter_name, result).items()})
     for disk, (memory, tensor) in keys.bank_entries(model, adapter_name).items():
         result[_bank_name(model, disk)] = source.get(_bank_name(model, memory), tensor.detach())
     for name, _ in inject.bias_parameters(model, config.bias):
@@ -154,6 +155,7 @@ def load_tensors(
     placed, rest = keys.from_file(model, found, adapter_name, given)
     placed.update(_take_banks(model, adapter_name, rest, given))
     rest = [name for name in rest if not _repeats(name, given)]
+    _check_mirrored(keys.mirrored(model, adapter_name, given), rest, given, source)
     extra = {name: p for name, p in inject.bias_parameters(model, config.bias)}  # type: ignore[attr-defined]
     extra = {keys.strip(name): p for name, p in extra.items()}
     current = {**_tensors(model, adapter_name), **{k: v.detach() for k, v in extra.items()}}
@@ -175,6 +177,11 @@ def load_tensors(
             continue
         _assign(model, name, tensor, current.get(name), real.get(name), device, replaced)
     keys.share(model, adapter_name, replaced)
+    with torch.no_grad():
+        for layer in inject.layers(model):
+            if adapter_name in layer.available_adapters:
+                parts = layer.parts(adapter_name)
+                parts.method.loaded(parts, layer.frozen)
     _fill_missing(model, config, adapter_name, [n for n in (*report.missing_keys, *wrong) if n in real], real, placed)
     return report
 
@@ -208,6 +215,21 @@ def _is_embedding(name: str, current: Mapping[str, Tensor]) -> bool:
     """Whether a file's tensor is a base embedding that was saved along (`save_embedding_layers`)."""
     plain = name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
     return name in current and (plain in _EMBEDDINGS or "embed" in plain)
+
+
+def _check_mirrored(
+    mirrored: Mapping[str, Tensor], rest: list[str], given: Mapping[str, Tensor], source: str
+) -> None:
+    """Take what a file says again of tied layers out of `rest`, if it says the same."""
+    for name, tensor in mirrored.items():
+        if name not in rest:
+            continue
+        if not torch.equal(tensor, given[name]):
+            raise LoadError(
+                f"The adapter{f' in {source!r}' if source else ''} says that tied weights stay tied, but {name!r} is not "
+                "the transpose of its partner: they were trained apart. Set ensure_weight_tying=false in its config."
+            )
+        rest.remove(name)
 
 
 def _repeats(name: str, given: Mapping[str, Tensor]) -> bool:
