@@ -90,6 +90,9 @@ SPECIAL = [
     LoraConfig(r=2, target_modules=["conv"], modules_to_save=["fc"]),
     LoraConfig(r=2, target_modules=["conv"], trainable_token_indices={"embed": [1, 3]}),
     TrainableTokensConfig(target_modules=["embed"], token_indices=[2, 3], ensure_weight_tying=False),
+    LoraConfig(r=2, target_modules=["embed"]),
+    LoraConfig(r=2, use_dora=True, target_modules=["head"]),
+    TrainableTokensConfig(target_modules=["embed"], token_indices=[3, 4]),
 ]
 
 

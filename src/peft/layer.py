@@ -193,6 +193,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._stored: dict[str, str] = {}
         self._banks: dict[str, nn.Module] = {}
         self._dispatched = False
+        self._leaders: dict[str, AdaptedLayer] = {}
+        self._followers: dict[str, list[AdaptedLayer]] = {}
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self._originals: dict[str, Any] = {}
@@ -284,6 +286,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         meta: bool = False,
         autocast: bool = True,
         banks: dict[str, nn.Module] | None = None,
+        leader: AdaptedLayer | None = None,
     ) -> None:
         """Add an adapter, or replace the one of that name. It is not activated.
 
@@ -294,6 +297,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             meta: Allocate nothing (tensors arrive later, by loading).
             autocast: Keep adapters of half precision bases in float32.
             banks: Shared tensors of the adapter, by name.
+            leader: Take part in this layer's adapter (`follow`).
 
         Raises:
             TargetError: the method has no meaning on this layer.
@@ -301,6 +305,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         site = site or Site(key="")
         if name in self.merged_adapters:
             raise StateError(f"Adapter {name!r} is merged into {site.key!r}; unmerge it before you replace it.")
+        if leader is not None:
+            self.follow(name, config, leader)
+            return
         method, host = method_of(config), self.frozen
         try:
             settings = method.resolve(config, host, site)
@@ -405,6 +412,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 held[new] = value
         swap = {old: new}
         self._adapters = {swap.get(n, n): c for n, c in self._adapters.items()}
+        self._leaders = {swap.get(n, n): layer for n, layer in self._leaders.items()}
+        self._followers = {swap.get(n, n): held for n, held in self._followers.items()}
         self._active_adapter = [swap.get(n, n) for n in self._active_adapter]
         self.merged_adapters = [swap.get(n, n) for n in self.merged_adapters]
 
@@ -417,11 +426,41 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         for setting in {s for m in self.methods for s in registry.method(m).settings}:
             yield self.__dict__.get(setting, {})
 
+    def follow(self, name: str, config: Any, leader: AdaptedLayer) -> None:
+        """Take part in an adapter of the layer that this one shares its weight with: the same change, no parameters.
+
+        Args:
+            name: The adapter.
+            config: Its config.
+            leader: The layer that has its parameters.
+        """
+        self._forget(name)
+        kind = method_of(config).peft_type
+        if kind not in self.methods:
+            self.__class__ = layer_class((*self.methods, kind), self.host_cls)
+        self._adapters[name], self._leaders[name] = config, leader
+        leader._followers.setdefault(name, []).append(self)
+
+    def _tied(self, names: Sequence[str]) -> list[AdaptedLayer]:
+        """Layers whose weight stays that of this one if these adapters change it."""
+        found: list[AdaptedLayer] = []
+        for lead in {id(layer): layer for layer in self._leaders.values()}.values():
+            if all(self._leaders.get(n) is lead for n in names):
+                found.append(lead)
+        for follower in {id(f): f for held in self._followers.values() for f in held}.values():
+            if all(follower._leaders.get(n) is self for n in names):
+                found.append(follower)
+        return found
+
     def _forget(self, name: str) -> None:
         for held in self._holders():
             if name in held:
                 del held[name]
         self._adapters.pop(name, None)
+        self._followers.pop(name, None)
+        leader = self._leaders.pop(name, None)
+        if leader is not None and self in leader._followers.get(name, ()):
+            leader._followers[name].remove(self)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -546,7 +585,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def updates(self, names: Iterable[str], running: bool = False) -> list[Update]:
         """The updates that these adapters are, with their dropout if they are `running`."""
         host = self.frozen
-        return [method_of(self._adapters[n]).update(Parts(self, n, running=running), host) for n in names]
+        return [self._update(n, host, running) for n in names]
+
+    def _update(self, name: str, host: Host, running: bool) -> Update:
+        method, leader = method_of(self._adapters[name]), self._leaders.get(name)
+        if leader is None:
+            return method.update(Parts(self, name, running=running), host)
+        update = method.update(Parts(leader, name, running=running), leader.frozen)
+        return (
+            update if leader.host_cls.one_hot == host.one_hot else update.transposed(Call(leader, leader.host, (), {}))
+        )
 
     def _split(self, names: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
         """Whether the merged base layer can serve as the bottom of the stack, and what is left to run on top."""
@@ -736,10 +784,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(
                     f"NaNs or infinities in the merged weights: adapter {names} is broken. Nothing was merged."
                 )
-            self._write(weight, bias)
+            self._write(weight, bias, next((t for t in self._tied(merged) if t.merged_adapters == merged), None))
         self.merged_adapters = merged
 
-    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
+    def _write(self, weight: Tensor, bias: Tensor | None, tied: AdaptedLayer | None = None) -> None:
         host = self.host
         module = host.module
         stored = {host.parameter: host.native(weight).to(host.dtype).contiguous()}
@@ -755,6 +803,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         # New parameters, not new values: whoever shares the old ones (tied weights, unmerge) keeps them untouched.
         for name, tensor in stored.items():
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        if tied is not None and tied.host.raw.shape == host.raw.shape:
+            module._parameters[host.parameter] = tied.host.raw  # type: ignore[assignment]
         for name, value in adjust.items():
             setattr(module, name, value)
 
@@ -830,7 +880,7 @@ def _square_row_norms(weight: Tensor) -> Tensor:
 
 def _runs(update: Update, host: Host) -> bool:
     """Whether an update can act on the way on this host."""
-    return host.on_input or not update.acts_on_input
+    return not update.weight_only and (host.on_input or not update.acts_on_input)
 
 
 def _take(value: Any, index: Tensor, dim: int, size: int) -> Any:

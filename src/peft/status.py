@@ -84,7 +84,7 @@ def _layer(name: str, module: Any) -> TunerLayerStatus:
     grads: dict[str, bool | Irregular] = {}
     devices: dict[str, list[str]] = {}
     for adapter in names:
-        tensors = _tensors(module, adapter)
+        tensors = _tensors(getattr(module, "_leaders", {}).get(adapter, module), adapter)
         flags = {t.requires_grad for t in tensors if t.is_floating_point()}
         grads[adapter] = flags.pop() if len(flags) == 1 else ("irregular" if flags else False)
         devices[adapter] = sorted({t.device.type for t in tensors})

@@ -71,12 +71,14 @@ class Update:
     """Base of updates.
 
     `relative` updates are computed from the frozen W and b; `needs_weight` says that running it reads W, so a quantised
-    layer has to dequantise; `acts_on_input` that it changes x, which not every layer type allows.
+    layer has to dequantise; `acts_on_input` that it changes x, which not every layer type allows; `weight_only` that it
+    can't run on the way at all.
     """
 
     relative: bool = False
     needs_weight: bool = False
     acts_on_input: bool = False
+    weight_only: bool = False
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         """Output for x, given the map before (`prev`, whose bias is `bias`)."""
@@ -89,6 +91,27 @@ class Update:
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
         """The bias after the update, given the one before."""
         return bias
+
+    def transposed(self, base: Base) -> Update:
+        """What a layer tied to the updated one, `base`, needs to hold the transpose of its weight still."""
+        return Mirrored(self, base)
+
+
+@dataclass(frozen=True, eq=False)
+class Mirrored(Update):
+    """The change that `inner` makes to the weight of `other`, for a layer tied to it: W -> inner(Wᵀ)ᵀ. No bias moves."""
+
+    inner: Update
+    other: Base
+    needs_weight = True
+    weight_only = True
+
+    @property
+    def relative(self) -> bool:  # type: ignore[override]
+        return self.inner.relative
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        return self.inner.weight(weight.mT, self.other).mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +130,9 @@ class Add(Update):
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         y = prev(x) + self.delta(x, base)
         return y if self.shift is None else base.shift(y, self.shift)
+
+    def transposed(self, base: Base) -> Update:
+        return Add(self.op.T)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
         return base.plus(weight, self.op.dense())
@@ -155,6 +181,9 @@ class Before(Update):
         seen = x if self.dropout is None else self.dropout(x)
         return prev(self.op.to(seen.dtype).apply(seen))
 
+    def transposed(self, base: Base) -> Update:
+        return After(self.op.T, keep_bias=True)
+
     def weight(self, weight: Tensor, base: Base) -> Tensor:
         return _apply(self.op.T, weight)
 
@@ -171,6 +200,9 @@ class After(Update):
         if self.keep_bias and bias is not None:
             return base.shift(base.out(self.op, base.shift(y, bias, -1)), bias)
         return base.out(self.op, y)
+
+    def transposed(self, base: Base) -> Update:
+        return Before(self.op.T)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
         return _apply(self.op, weight.mT).mT
@@ -193,10 +225,17 @@ class Chain(Update):
     def needs_weight(self) -> bool:  # type: ignore[override]
         return any(link.needs_weight for link in self.links)
 
+    @property
+    def weight_only(self) -> bool:  # type: ignore[override]
+        return any(link.weight_only for link in self.links)
+
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         for link in self.links:
             prev, bias = partial(link.forward, prev=prev, bias=bias, base=base), link.add_bias(bias, base)
         return prev(x)
+
+    def transposed(self, base: Base) -> Update:
+        return Chain(tuple(link.transposed(base) for link in self.links))
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
         for link in self.links:

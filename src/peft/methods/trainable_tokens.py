@@ -60,6 +60,9 @@ class Replace(Update):
         found = torch.nn.functional.embedding(hit.int().argmax(-1), value)
         return torch.where(hit.any(-1, keepdim=True), found, y)
 
+    def transposed(self, base: Base) -> Update:
+        return Replace(self.index, self.value, not self.columns)
+
     def weight(self, weight: Tensor, base: Base) -> Tensor:
         if self.columns:
             return weight.index_copy(1, self.index, self.value.mT.to(weight.dtype))
@@ -74,6 +77,7 @@ class TrainableTokens(WeightMethod, peft_type="TRAINABLE_TOKENS", config=Trainab
         Slot("trainable_tokens_index", "tokens", kind="buffer", trains=False, saved=False, dtype=torch.long),
     )
     settings = ("token_indices",)
+    ties = True
 
     def default_targets(self, config: TrainableTokensConfig, model: nn.Module) -> str | None:
         return inject.input_embedding_name(model)
