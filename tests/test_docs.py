@@ -45,5 +45,7 @@ def test_readme_names_every_method(name):
 
 def test_links_in_documents_lead_somewhere():
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\((?!https?://|#|mailto:|\.\./\.\./)([^)#]+)", document.read_text(encoding="utf-8")):
+        for target in re.findall(
+            r"\]\((?!https?://|#|mailto:|\.\./\.\./)([^)#]+)", document.read_text(encoding="utf-8")
+        ):
             assert (document.parent / target).exists(), f"{document.name} links to {target}, which is not there"

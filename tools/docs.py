@@ -78,8 +78,10 @@ def _about(name: str) -> str:
     """The name of a method, linked to its paper, and its config: from the first line of the config's docstring."""
     config = registry.config_class(name)
     first = (config.__doc__ or "").strip().split("\n")[0]
-    named = re.match(r"([^:.(]+?) \(arXiv (\d{4}\.\d{4,5})", first)
-    linked = f"[{named[1]}](https://arxiv.org/abs/{named[2]})" if named else config.__name__.removesuffix("Config")
+    named = re.match(r"(?P<title>.+?)(?: \((?P<source>[^)]*)\))?:", first)
+    title = named["title"] if named else config.__name__.removesuffix("Config")
+    paper = re.match(r"arXiv (\d{4}\.\d{4,5})", (named and named["source"]) or "")
+    linked = f"[{title}](https://arxiv.org/abs/{paper[1]})" if paper else title
     return f"{linked} | `{config.__name__}`"
 
 

@@ -34,7 +34,7 @@ class Message:
 
     text: str
     label: int
-    kind: str
+    kind: str = "plain"
 
 
 def messages(split: Split) -> list[Message]:

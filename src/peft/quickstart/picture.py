@@ -44,7 +44,7 @@ def draw(file: Path, outcomes: dict[str, list[Outcome]], test: list[Message]) ->
     seeds = len(outcomes[LORA.name])
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 5.2), width_ratios=(1.1, 1), dpi=160)
-        figure.subplots_adjust(left=0.06, right=0.955, top=0.74, bottom=0.12, wspace=0.52)
+        figure.subplots_adjust(left=0.06, right=0.955, top=0.74, bottom=0.12, wspace=0.66)
         title = f"Training {share:.1%} of the parameters: from {head:.0%} to {lora:.0%} of messages right"
         figure.text(0.025, 0.93, title, fontsize=15, fontweight="bold")
         runs = "one run" if seeds == 1 else f"mean of {seeds} runs"
@@ -66,7 +66,7 @@ def _learning_curves(axes: Axes, outcomes: dict[str, list[Outcome]]) -> None:
                 epochs, [min(r) for r in runs], [max(r) for r in runs], color=COLOURS[name], alpha=0.15, lw=0
             )
         axes.plot(epochs, means, color=COLOURS[name], lw=2.4, solid_capstyle="round")
-        axes.plot(epochs[-1], means[-1], "o", color=COLOURS[name], ms=6)
+        axes.plot(epochs[-1], means[-1], "o", color=COLOURS[name], ms=6, clip_on=False)
         axes.annotate(
             f"{name}\n{means[-1]:.1%}",
             (epochs[-1], means[-1]),

@@ -15,18 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from peft.quickstart.data import LABELS, encoder_path, messages
+from peft.quickstart.data import LABELS, Message, encoder_path, messages
 from peft.quickstart.measure import Outcome, contest, difference_after_reload, file_sizes, peak_memory
 from peft.quickstart.picture import draw
 from peft.quickstart.train import HEAD_ALONE, LORA, Contestant, Encode, History, load_tokenizer, logits_of
 
 EXAMPLES = (
-    "@HondaCustSvc Your customer service has been horrible during the recall process. "
-    "I will never purchase a Honda again.",
-    "The parcel came a day early and the vase is even prettier than in the photo.",
-    "Where can I download the manual for the coffee grinder?",
-    "Third week without a washing machine, and all I get from you is music on the hotline.",
-    "Thanks for the new charger. It melted.",
+    Message(
+        "@HondaCustSvc Your customer service has been horrible during the recall process. "
+        "I will never purchase a Honda again.",
+        label=1,
+    ),
+    Message("Where can I download the manual for the coffee grinder?", label=0),
+    Message("My kettle leaks and nobody at your shop wants to hear about it.", label=1),
+    Message("What a lovely evening, the soup alone was worth the trip.", label=0),
+    Message("Third week without a washing machine, and all I get from you is music on the hotline.", label=1),
+    Message("Thanks for the new charger. It melted.", label=1),
 )
 
 
@@ -39,7 +43,7 @@ def run(out: Path, seeds: int = 1, console: Console | None = None) -> dict[str, 
         console: Where to print.
 
     Returns:
-        What `results.json` holds: accuracies by seed, parameters, seconds, sizes in bytes.
+        What `results.json` holds: accuracies by seed and kind of message, parameters, seconds, sizes in bytes.
 
     Raises:
         QuickstartError: The encoder is missing, or the reloaded adapter classifies differently.
@@ -60,21 +64,20 @@ def run(out: Path, seeds: int = 1, console: Console | None = None) -> dict[str, 
 
     adapter = out / "adapter"
     tuned.save_pretrained(str(adapter))
-    texts = [m.text for m in test] + list(EXAMPLES)
+    texts = [m.text for m in (*test, *EXAMPLES)]
     logits = logits_of(tuned, encode, texts)
     difference = difference_after_reload(adapter, logits, texts)
     sizes = file_sizes(adapter)
     base = (Path(encoder) / "model.safetensors").stat().st_size
     _report_files(console, adapter, sizes, base)
-    console.print(
-        f"[bold]Loaded[/] in a new process: the same label for all {len(texts)} texts, "
-        f"logits within {difference:.0e} of the trained model's.\n"
-    )
+    equal = f"within {difference:.0e}" if difference else "equal to the last bit"
+    console.print(f"[bold]Loaded[/] in a new process: the same label for all {len(texts)} texts, logits {equal}.\n")
     console.print(_examples(logits[-len(EXAMPLES) :]))
     draw(out / "quickstart.png", outcomes, test)
 
     results = {
         "accuracy": {name: [o.accuracy for o in some] for name, some in outcomes.items()},
+        "by_kind": {name: [o.by_kind(test) for o in some] for name, some in outcomes.items()},
         "trainable": {name: some[0].trainable for name, some in outcomes.items()},
         "parameters": {name: some[0].total for name, some in outcomes.items()},
         "training_seconds": {name: [o.history.seconds for o in some] for name, some in outcomes.items()},
@@ -135,7 +138,7 @@ def _bar(progress: Progress, contestant: Contestant, suffix: str) -> Any:
 
 
 def _comparison(outcomes: dict[str, list[Outcome]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(1, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for title in ("", "test accuracy", "parameters trained", "of all", "seconds"):
         table.add_column(title, justify="left" if title == "" else "right")
     for name, some in outcomes.items():
@@ -162,10 +165,10 @@ def _report_files(console: Console, adapter: Path, sizes: dict[str, int], base: 
 
 def _examples(logits: Tensor) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    for text, probabilities in zip(EXAMPLES, logits.softmax(-1).tolist(), strict=True):
+    for message, probabilities in zip(EXAMPLES, logits.softmax(-1).tolist(), strict=True):
         label = max(range(len(LABELS)), key=probabilities.__getitem__)
-        colour = "red" if label == LABELS.index("complaint") else "green"
-        table.add_row(f"[{colour}]{LABELS[label]}[/]", f"{probabilities[label]:.0%}", text)
+        mark = "[green]right[/]" if label == message.label else "[red]wrong[/]"
+        table.add_row(LABELS[label], f"{probabilities[label]:.0%}", mark, message.text)
     return table
 
 
