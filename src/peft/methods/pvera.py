@@ -108,4 +108,8 @@ class Pvera(WeightMethod, peft_type="PVERA", config=PveraConfig):
         op = DiagonalLowRank(down[: p.r], up, mean, b)
         if not (p.training or p.config.sample_at_inference):
             return Add(op)
-        return Noisy(op, None, p.dropout, Dense(b[:, None] * up), Dense(spread[:, None] * down[p.r :]), p.generator)
+        # A grouped convolution has a hidden vector for each group.
+        groups = host.groups
+        wide = torch.block_diag(*(b[:, None] * up).chunk(groups))
+        log_variance = (spread[:, None] * down[p.r :]).repeat(groups, 1)
+        return Noisy(op, None, p.dropout, Dense(wide), Dense(log_variance), p.generator)
