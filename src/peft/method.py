@@ -109,8 +109,8 @@ class WeightMethod:
     def shared(self, config: Any, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Any]:
         """What all layers of one adapter share, made once per adapter before the layers.
 
-        Tensors, parameters and groups (`ParameterDict`, `BufferDict`) become banks: `p.<name>` on each layer, one entry in the model
-        (`base_model.<name>`).
+        Tensors, parameters and groups (`ParameterDict`, `BufferDict`) become banks: `p.<name>` on each layer, one entry
+        in the model (`base_model.<name>`).
         Other values are only for `resolve`, as `site.shared`.
         """
         return {}

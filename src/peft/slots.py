@@ -190,7 +190,10 @@ def container(value: nn.Module | Tensor, saved: bool) -> nn.Module:
 
 
 def tensor_of(value: nn.Module | Tensor) -> Any:
-    """The tensor of a slot's value as a method sees it: factors of convolutions as matrices. A group stays a dict, leaves are a list."""
+    """The tensor of a slot's value as a method sees it: factors of convolutions as matrices.
+
+    A group stays a dict; several leaves are a list.
+    """
     if isinstance(value, (nn.ParameterDict, BufferDict)):
         return value
     if isinstance(value, nn.ModuleList):

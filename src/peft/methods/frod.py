@@ -64,9 +64,9 @@ def kind(key: str) -> str:
 
 
 def basis(weights: list[Tensor], alpha: float) -> Tensor:
-    """V (n, n) for weights (m_i, n): singular vectors if they have fewer rows than columns, else Rᵀ E with the Q R of the
-    stacked weights, and E the eigenvectors of the mean of (Q_iᵀ Q_i + alpha I)⁻¹.
+    """V (n, n) for weights (m_i, n): singular vectors if they have fewer rows than columns, else Rᵀ E.
 
+    Q R are the stacked weights, and E the eigenvectors of the mean of (Q_iᵀ Q_i + alpha I)⁻¹.
     In float32, whatever the weights are: eigenvectors of equal eigenvalues depend on it, and files may leave V out.
     """
     weights = [w.float() for w in weights]
@@ -75,8 +75,8 @@ def basis(weights: list[Tensor], alpha: float) -> Tensor:
         return torch.linalg.svd(stack, full_matrices=True)[2].mT
     q, r = torch.linalg.qr(stack)
     eye = torch.eye(r.shape[0], device=r.device)
-    grams = [torch.linalg.inv(part.mT @ part + alpha * eye) for part in q.split([w.shape[0] for w in weights])]
-    return r.mT @ torch.linalg.eigh(torch.stack(grams).mean(0))[1]
+    inverses = [torch.linalg.inv(part.mT @ part + alpha * eye) for part in q.split([w.shape[0] for w in weights])]
+    return r.mT @ torch.linalg.eigh(sum(inverses[1:], start=inverses[0]) / len(inverses))[1]
 
 
 def places(size: int, rate: float, generator: torch.Generator) -> Tensor:
@@ -99,20 +99,22 @@ class Frod(WeightMethod, peft_type="FROD", config=FrodConfig):
     samples = ({"sparse_rate": 0.1}, {"sparse_rate": 0.2, "save_projection": False, "init_weights": False})
 
     def shared(self, config: FrodConfig, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Any]:
-        kinds: dict[str, list[Tensor]] = {}
+        kinds: dict[str, dict[str, Tensor]] = {}
         for key, host in targets.items():
-            kinds.setdefault(kind(key), []).append(host.weight())
+            # Of an encoder's and a decoder's layer of one number, HF PEFT reads the latter; a file may count on it.
+            number = next((part for part in key.split(".") if part.isdigit()), key)
+            kinds.setdefault(kind(key), {})[number] = host.weight()
         generator = torch.Generator().manual_seed(config.projection_prng_key)
         banks: dict[str, dict[str, Tensor]] = {"frod_V": {}, "frod_s_indices": {}, "frod_s_size": {}}
         for name in sorted(kinds):
-            widths = {w.shape[1] for w in kinds[name]}
+            widths = {host.in_features for key, host in targets.items() if kind(key) == name}
             if len(widths) > 1:
                 raise TargetError(
-                    f"FROD: the layers of kind {name!r} have inputs of {sorted(widths)} features and can't share a basis. "
-                    "Adapt those of one width, or give the others an adapter of their own."
+                    f"FROD: the layers of kind {name!r} have inputs of {sorted(widths)} features and can't share a "
+                    "basis. Adapt those of one width, or give the others an adapter of their own."
                 )
             (width,) = widths
-            banks["frod_V"][name] = basis(kinds[name], config.regularization_alpha).to(device, dtype)
+            banks["frod_V"][name] = basis(list(kinds[name].values()), config.regularization_alpha).to(device, dtype)
             banks["frod_s_indices"][name] = places(width, config.sparse_rate, generator).to(device)
             banks["frod_s_size"][name] = torch.tensor([width, width], device=device)
         return {name: BufferDict(tensors) for name, tensors in banks.items()}

@@ -50,7 +50,7 @@ class GloraConfig(TargetedConfig):
 
 
 def _shapes(field: str, rows: str, columns: int | str, whole: bool) -> Any:
-    """Shapes of one support, as a function of the sizes: thin factors, a vector (a column of a matrix if `whole`), or one number."""
+    """Shapes of one support, as a function of the sizes: thin factors, a vector (a column if `whole`), or a number."""
 
     def shapes(sizes: Any) -> dict[str, tuple[int, ...]]:
         form, height = sizes[field], sizes[rows]

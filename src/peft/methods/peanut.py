@@ -42,7 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class PeanutConfig(TargetedConfig):
-    """PEANuT (arXiv 2410.01870): W + s (f(Wᵀ))ᵀ with a network f over the rows of Wᵀ, from `out` to r to `out` features.
+    """PEANuT (arXiv 2410.01870): W + s (f(Wᵀ))ᵀ with a network f over the rows of Wᵀ, from `out` to r to `out`.
 
     Its first layer is A (r, out), its last B (out, r); between them `depth` encoders and as many decoders (r, r), each
     decoder with a skip from the encoder that mirrors it.
