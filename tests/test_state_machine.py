@@ -294,7 +294,8 @@ class Adapters(RuleBasedStateMachine):
             close(fresh(IDS), expected, self.tolerance)
             quiet(self.model.load_adapter, folder, new, is_trainable=trainable)
         alone = quiet(copy.deepcopy, self.oracle.alone[name])
-        alone.rename_adapter(next(iter(alone.peft_config)), new)
+        if new not in alone.peft_config:
+            alone.rename_adapter(next(iter(alone.peft_config)), new)
         self.oracle.alone[new] = alone
         return new
 

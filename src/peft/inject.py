@@ -216,9 +216,10 @@ def inject(
     check_unmatched(model, config, plan)
     _check_bias(model, config)
     tied = tied_modules(model)
-    _follow_ties(config, method, plan, tied)
+    if method.copies is None:
+        _follow_ties(config, method, plan, tied)
     undo = Undo()
-    frozen = [p for _, m in walk(model) for p in m._parameters.values() if p is not None and p.requires_grad]
+    frozen = _base_parameters(model)
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -243,8 +244,19 @@ def inject(
     except BaseException:
         undo.back()
         raise
-    _train_biases(model, config)
+    if not config.inference_mode:
+        for _, parameter in bias_parameters(model, config.bias, adapter_name):
+            parameter.requires_grad_(True)
     return plan
+
+
+def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that require gradients and that no adapter trains: not the copies, nor the biases, of those before."""
+    theirs = {id(p) for wrapper in wrappers(model) for name in wrapper.names() for p in wrapper.trained(name)}
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        theirs.update(id(p) for _, p in bias_parameters(model, getattr(config, "bias", "none"), name))
+    every = (p for _, m in walk(model) for p in m._parameters.values() if p is not None)
+    return [p for p in every if p.requires_grad and id(p) not in theirs]
 
 
 def _follow_ties(config: TargetedConfig, method: WeightMethod, plan: Plan, tied: dict[int, list[str]]) -> None:
@@ -316,6 +328,9 @@ def _adapt_layers(
     autocast: bool,
     create: Callable[..., None] | None,
 ) -> None:
+    if method.copies is not None:
+        _train_whole(model, config, adapter_name, [t.key for t in plan.targets], {}, undo, autocast, method.copies)
+        return
     hosts: dict[str, Host] = {}
     for target in plan.targets:
         key = target.key if target.parameter is None else f"{target.key}.{target.parameter}"
@@ -363,8 +378,8 @@ def wrap(
     existing = _layer_of(holder.base_layer if holder is not None else module, target.parameter)
     if existing is not None:
         _guard(existing, adapter_name, target.key)
+        _take_back(existing, adapter_name, undo)
         existing.add_adapter(adapter_name, config, **options)
-        undo.later(lambda: existing._forget(adapter_name))
         layers = [existing]
     else:
         inner = holder.base_layer if holder is not None else module
@@ -375,6 +390,7 @@ def wrap(
             undo.later(lambda: setattr(holder, "base_layer", inner))
         else:
             undo.replace(model, target.key, layer)
+        _keep_called(layer, parent, name)
         layers = [layer]
     if layers[0].host.always_acts:
         layers.append(_wrap_output(layers[0], config, adapter_name, options, undo))
@@ -382,6 +398,29 @@ def wrap(
         if not layer._active_adapter:
             layer.set_adapter(adapter_name)
     return layers[0]
+
+
+def _take_back(layer: AdaptedLayer, adapter_name: str, undo: Undo) -> None:
+    """Let `undo` take an adapter out of a layer, however much of it was added."""
+    active = layer.active_adapters
+
+    def step() -> None:
+        layer._forget(adapter_name)
+        layer._active_adapter = active
+
+    undo.later(step)
+
+
+def _keep_called(layer: AdaptedLayer, parent: nn.Module, name: str) -> None:
+    """See to it that torch's transformer layers, which read weights of the layers inside them, see the adapters."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        layer.register_forward_pre_hook(_no_shortcut)
+    if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
+        layer._uncalled = True
+
+
+def _no_shortcut(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing; in evaluation, `nn.TransformerEncoderLayer` calls its layers only if one has a hook."""
 
 
 def _guard(layer: AdaptedLayer, adapter_name: str, key: str) -> None:
@@ -412,8 +451,8 @@ def _wrap_output(layer: AdaptedLayer, config: Any, name: str, options: dict[str,
         attention._modules["out_proj"] = wrapped
         undo.later(lambda: attention._modules.__setitem__("out_proj", projection))
         projection = wrapped
+    _take_back(projection, name, undo)
     projection.add_adapter(name, config, **{**options, "site": site})
-    undo.later(lambda: projection._forget(name))
     return projection
 
 
@@ -436,10 +475,10 @@ def _share(
     for name, value in shared.items():
         if not isinstance(value, (Tensor, nn.ParameterDict, BufferDict)):
             continue
-        if name not in root._modules:
-            root.add_module(name, container(value, saved=False))
-        bank = root._modules[name]
-        assert bank is not None
+        bank = next((b for layer in layers(root) for n, b in layer._banks.items() if n == name), None)
+        if bank is None:
+            bank = container(value, saved=False)
+            root.add_module(name, bank)
         bank[adapter_name] = value  # type: ignore[index]
         undo.later(lambda bank=bank: bank.__delitem__(adapter_name))  # type: ignore[union-attr]
         banks[name] = bank
@@ -454,10 +493,22 @@ def tied_modules(model: nn.Module) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for key, module in targets._adaptable(model):
         inner = _inner(module)
-        weight = inner._parameters.get("weight")
+        weight = _weight_as_it_was(module)
         if weight is not None and isinstance(inner, (nn.Embedding, nn.Linear)):
             found.setdefault(id(weight), []).append(key)
     return {identity: keys for identity, keys in found.items() if len(keys) > 1}
+
+
+def _weight_as_it_was(module: nn.Module) -> nn.Parameter | None:
+    """The weight of a layer under its adapters, merged ones too."""
+    while isinstance(module, (AdaptedLayer, TrainableTokensWrapper)):
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.token_adapter
+        kept = module._originals.get("parameters", {}).get("weight")
+        if kept is not None:
+            return kept
+        module = module.base_layer
+    return _inner(module)._parameters.get("weight")
 
 
 def _partners(tied: dict[int, list[str]], key: str) -> list[str]:
@@ -489,6 +540,7 @@ def _train_whole(
     tied: dict[int, list[str]],
     undo: Undo,
     autocast: bool,
+    cls: type[ModulesToSaveWrapper] = ModulesToSaveWrapper,
 ) -> None:
     done: dict[str, ModulesToSaveWrapper] = {}
     todo = list(keys)
@@ -502,18 +554,15 @@ def _train_whole(
         source = (
             next((done[p] for p in _partners(tied, key) if p in done), None) if config.ensure_weight_tying else None
         )
-        if isinstance(module, ModulesToSaveWrapper):
+        if type(module) is cls:
             wrapper = module
-            wrapper.update(adapter_name, autocast=autocast)
             undo.later(lambda w=wrapper: w.delete_adapter(adapter_name))
+            wrapper.update(adapter_name, autocast=autocast)
         else:
             assert module is not None
             if isinstance(module, AuxiliaryTrainingWrapper):
-                raise TargetError(f"{key!r} can't be in both modules_to_save and trainable_token_indices.")
-            wrapper = ModulesToSaveWrapper.__new__(ModulesToSaveWrapper)
-            AuxiliaryTrainingWrapper.__init__(wrapper)
-            wrapper.original_module, wrapper.modules_to_save = module, nn.ModuleDict({})
-            wrapper.training = module.training
+                raise TargetError(f"{key!r} is trained already in another way, as a {type(module).__name__}.")
+            wrapper = cls.around(module)
             wrapper.update(adapter_name, autocast=autocast)
             undo.replace(model, key, wrapper)
         if source is not None:
@@ -544,12 +593,10 @@ def _train_tokens(
             options = {"token_indices": ids, "tied_adapter": first, "meta": meta, "autocast": autocast}
             if isinstance(module, TrainableTokensWrapper):
                 wrapper = module
-                wrapper.update(adapter_name, **options)
                 undo.later(lambda w=wrapper: w.delete_adapter(adapter_name))
+                wrapper.update(adapter_name, **options)
             else:
-                wrapper = TrainableTokensWrapper(module, adapter_name, ids, first)
-                if meta:
-                    wrapper.update(adapter_name, **options)
+                wrapper = TrainableTokensWrapper(module, adapter_name, **options)
                 undo.replace(model, place, wrapper)
             first = first or wrapper.token_adapter
             if not wrapper._active_adapter:
@@ -592,17 +639,17 @@ def _check_bias(model: nn.Module, config: TargetedConfig) -> None:
         )
 
 
-def _train_biases(model: nn.Module, config: TargetedConfig) -> None:
-    """Unfreeze biases of the base model: all of them, or those of adapted layers ('<method>_only')."""
-    for _, parameter in bias_parameters(model, config.bias):
-        parameter.requires_grad_(True)
+def bias_parameters(model: nn.Module, bias: str, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Biases of the base model that an adapter trains, by their names in the state dict.
 
-
-def bias_parameters(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Biases of the base model that `bias` ('none', 'all', '<method>_only') means, by their names in the state dict."""
+    Args:
+        model: The model.
+        bias: What its config says: 'none', 'all', or '<method>_only' for those of the layers that it adapts.
+        adapter_name: The adapter.
+    """
     if bias == "none":
         return
-    adapted = {id(m.get_base_layer()) for m in model.modules() if isinstance(m, AdaptedLayer)}
+    adapted = {id(m.get_base_layer()) for m in layers(model) if adapter_name in m.available_adapters}
     inside = {
         id(p)
         for m in model.modules()
@@ -759,6 +806,25 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     """Let adapters train, or freeze them."""
     for module in (*layers(model), *wrappers(model)):
         module.set_requires_grad(adapter_names, requires_grad)
+    train_banks(model, [adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
+
+
+def train_banks(model: nn.Module, adapter_names: Sequence[str], requires_grad: bool) -> None:
+    """Let what the layers of adapters share train, or freeze it."""
+    for bank in banks(model):
+        for name in adapter_names:
+            if name in bank and isinstance(bank[name], (nn.Parameter, nn.ParameterDict)):
+                bank[name].requires_grad_(requires_grad)
+
+
+def stand_by(model: nn.Module, adapter_name: str, active: Sequence[str]) -> None:
+    """Let a new adapter wait to be chosen, in layers too where it is the only one; all others stay as they are."""
+    every, besides = adapted(model)
+    tokens = {id(w.token_adapter) for w in besides if isinstance(w, TrainableTokensWrapper)}
+    for module in (*every, *besides):
+        if id(module) not in tokens and module.active_adapters == [adapter_name]:
+            module.set_adapter(active)
+    train_banks(model, [adapter_name], False)
 
 
 def unload(
@@ -773,6 +839,12 @@ def unload(
     Raises:
         ValueError: `safe_merge`, and a merged weight is not finite.
     """
+    if merge:
+        check_merge(model, safe_merge, adapter_names)
+    else:
+        for layer in layers(model):
+            if layer.merged:
+                layer.unmerge()
     tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
     todo = [
         (key, m)
@@ -789,8 +861,6 @@ def unload(
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", PeftWarning)
                     module.merge(safe_merge, adapter_names)
-            elif module.merged and not merge:
-                module.unmerge()
             left = module.base_layer
         if not key:
             return left
@@ -798,6 +868,22 @@ def unload(
         model.get_submodule(parent_key)._modules[name] = left
     _settle_ties(model)
     return model
+
+
+def check_merge(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+    """Raise if a layer would refuse to merge, before any has.
+
+    Raises:
+        AdapterNameError: nothing in the model has such an adapter.
+        UnsupportedError: a method has no weight to merge.
+        ValueError: `safe_merge`, and a merged weight is not finite.
+    """
+    there = adapters_in(model)
+    for name in adapter_names or ():
+        if name not in there:
+            raise AdapterNameError(f"There is no adapter {name!r} to merge.{nearest(name, there)} Adapters: {there}.")
+    for layer in layers(model):
+        layer.check_merge(safe_merge, adapter_names)
 
 
 def _with_progress(items: list[Any], text: str) -> Any:

@@ -38,6 +38,12 @@ class TrainableTokensConfig(TargetedConfig):
         "layers_pattern",
     }
 
+    def to_file_dict(self) -> dict[str, Any]:
+        found = super().to_file_dict()
+        if found.get("ensure_weight_tying"):  # what HF PEFT does with ties, and has no word for
+            del found["ensure_weight_tying"]
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class Replace(Update):
@@ -102,6 +108,9 @@ class TrainableTokens(WeightMethod, peft_type="TRAINABLE_TOKENS", config=Trainab
             p.trainable_tokens_delta.copy_(weight[p.trainable_tokens_index])
         else:
             p.trainable_tokens_delta.normal_()
+
+    def mirrored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors  # rows of W here are columns there, and a file knows them as rows
 
     def update(self, p: Parts, host: Host) -> Update:
         return Replace(p.trainable_tokens_index, p.trainable_tokens_delta, host.one_hot)
