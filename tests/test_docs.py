@@ -13,7 +13,7 @@ from peft import registry
 from tests.documents import local_hub
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def python_of(document: Path) -> str:

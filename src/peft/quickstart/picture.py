@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -18,7 +19,7 @@ from peft.quickstart.train import HEAD_ALONE, LORA
 
 COLOURS = {HEAD_ALONE.name: "#8a94a6", LORA.name: "#d9480f"}
 INK, FAINT, GRID = "#1f2933", "#616e7c", "#e4e7eb"
-STYLE = {
+STYLE: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
     "text.color": INK,
@@ -57,8 +58,8 @@ def draw(file: Path, outcomes: dict[str, list[Outcome]], test: list[Message]) ->
 
 
 def _learning_curves(axes: Axes, outcomes: dict[str, list[Outcome]]) -> None:
+    epochs = outcomes[LORA.name][0].history.epochs
     for name, some in outcomes.items():
-        epochs = some[0].history.epochs
         runs = list(zip(*(o.history.accuracies for o in some), strict=True))
         means = [statistics.mean(run) for run in runs]
         if len(some) > 1:
