@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class Job:
     def sample(self, clock: Clock) -> float:
         """Seconds of one run."""
         prepared = [self.prepare() for _ in range(self.repeats)]
+        gc.collect()  # or a sample pays for what the one before left
         start = clock()
         for item in prepared:
             self.run(item)

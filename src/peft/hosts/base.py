@@ -160,14 +160,13 @@ def bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:
     """A module of a given class without running its `__init__`, which would fill weights that are thrown away."""
     module = cls.__new__(cls)
     nn.Module.__init__(module)
-    for name, value in attributes.items():
-        setattr(module, name, value)
+    module.__dict__.update(attributes)  # plain values, so not through nn.Module.__setattr__, which is slow
     return module
 
 
 def linear(in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> nn.Linear:
     """An `nn.Linear` without bias whose weight is allocated and not filled."""
     module = bare(nn.Linear, in_features=in_features, out_features=out_features)
-    module.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-    module.register_parameter("bias", None)
+    weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+    module._parameters.update(weight=weight, bias=None)
     return module  # type: ignore[return-value]
