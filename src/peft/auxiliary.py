@@ -96,12 +96,24 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """
 
     adapter_layer_names = ("modules_to_save",)
+    original: ClassVar[str] = "original_module"
+    copies: ClassVar[str] = "modules_to_save"
 
     def __init__(self, module_to_save: nn.Module, adapter_name: str, tied_module: nn.Module | None = None) -> None:
         super().__init__()
         self.original_module = module_to_save
         self.modules_to_save = nn.ModuleDict({})
         self.update(adapter_name, tied_module)
+
+    @classmethod
+    def around(cls, module: nn.Module) -> ModulesToSaveWrapper:
+        """A wrapper of a module, without copies yet."""
+        wrapper = cls.__new__(cls)
+        AuxiliaryTrainingWrapper.__init__(wrapper)
+        wrapper.add_module(cls.original, module)
+        wrapper.add_module(cls.copies, nn.ModuleDict({}))
+        wrapper.training = module.training
+        return wrapper
 
     def names(self) -> list[str]:
         return list(self.modules_to_save)
@@ -203,7 +215,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "modules_to_save" not in self.__dict__.get("_modules", {}) or "original_module" not in self._modules:
+            if not {self.original, self.copies} <= self.__dict__.get("_modules", {}).keys():
                 raise
             return getattr(self.module(self._chosen(routing.current())), name)
 
@@ -231,6 +243,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         adapter_name: str,
         token_indices: list[int],
         tied_adapter: AdaptedLayer | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         inner = module_to_save.get_base_layer() if isinstance(module_to_save, AdaptedLayer) else module_to_save
@@ -240,7 +253,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         if host is None:
             raise TargetError(f"trainable_token_indices needs an embedding, not a {type(inner).__name__}.")
         self.token_adapter = layer_class(("TRAINABLE_TOKENS",), host)(module_to_save)
-        self.update(adapter_name, token_indices=token_indices, tied_adapter=tied_adapter)
+        self.update(adapter_name, token_indices=token_indices, tied_adapter=tied_adapter, **kwargs)
 
     @property
     def original_module(self) -> nn.Module:
@@ -309,6 +322,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """The embedding to leave behind."""
         if merge:
             self.token_adapter.merge(safe_merge, adapter_names)
+        else:
+            self.unmerge()
         return self.token_adapter.base_layer
 
     def __getattr__(self, name: str) -> Any:
@@ -338,6 +353,11 @@ def check_name(adapter_name: str) -> None:
     if adapter_name == routing.BASE:
         raise AdapterNameError(
             f"{routing.BASE!r} means 'no adapter' in adapter_names, so no adapter can have that name."
+        )
+    if hasattr(nn.ModuleDict(), adapter_name):
+        raise AdapterNameError(
+            f"{adapter_name!r} can't name an adapter: adapters are entries of torch modules, which have an attribute of that "
+            f"name. Choose another, such as {adapter_name + '_adapter'!r}."
         )
 
 

@@ -59,6 +59,8 @@ class WeightMethod:
     mergeable: ClassVar[bool] = True
     ties: ClassVar[bool] = False
     """Whether files that say nothing of ties were made with ties kept."""
+    copies: ClassVar[Any] = None
+    """A `ModulesToSaveWrapper`, for methods that train copies of whole modules; the rest of this class is idle then."""
     fallback_targets: ClassVar[str | None] = None
     """`target_modules` for architectures of which no default is known; None: the user has to say."""
     samples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
