@@ -45,7 +45,7 @@ def messages(split: Split) -> list[Message]:
     >>> len(messages("train"))
     50
     """
-    table = resources.files(__package__).joinpath("messages.csv").read_text(encoding="utf-8")
+    table = resources.files("peft.quickstart").joinpath("messages.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(table.splitlines())
     return [Message(row["text"], LABELS.index(row["label"]), row["kind"]) for row in rows if row["split"] == split]
 
