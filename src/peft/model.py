@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft import card, inject, integrations, prompts, routing, status
 from peft.auxiliary import check_name
-from peft.checkpoint import files, fingerprint, hub, keys, state, tensors
+from peft.checkpoint import files, fingerprint, hub, keys, renames, state, tensors
 from peft.checkpoint.report import LoadReport
 from peft.config import CONFIG_NAME, PeftConfig, PeftType, TaskType
 from peft.errors import AdapterNameError, BaseMismatchError, PeftWarning, StateError, nearest
@@ -73,7 +73,7 @@ class PeftModel(nn.Module):
             self.base_model = cls(
                 model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage, state_dict, autocast_adapter_dtype
             )
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             self.prepare_model_for_gradient_checkpointing(model)
         config = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
@@ -681,6 +681,9 @@ class PeftModel(nn.Module):
             if fresh and config is None:
                 config = PeftConfig.from_pretrained(model_id, **options)
                 config.inference_mode = not is_trainable
+            if fresh and config.peft_type == PeftType.LORA:
+                fused = renames.fuse_experts(self.get_base_model(), config, values)
+                config, values = fused or (config, values)
         if fresh:
             self._add_loaded(adapter_name, config, autocast_adapter_dtype)
         config = self.peft_config[adapter_name]

@@ -83,6 +83,7 @@ class TrainableTokens(WeightMethod, peft_type="TRAINABLE_TOKENS", config=Trainab
         Slot("trainable_tokens_index", "tokens", kind="buffer", trains=False, saved=False, dtype=torch.long),
     )
     settings = ("token_indices",)
+    samples = ({"token_indices": [1, 3]},)
     ties = True
 
     def default_targets(self, config: TrainableTokensConfig, model: nn.Module) -> str | None:
