@@ -193,6 +193,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._stored: dict[str, str] = {}
         self._banks: dict[str, nn.Module] = {}
         self._dispatched = False
+        self._uncalled = False
         self._leaders: dict[str, AdaptedLayer] = {}
         self._followers: dict[str, list[AdaptedLayer]] = {}
         self._active_adapter: list[str] = []
@@ -233,13 +234,23 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight."""
-        return self.get_base_layer().weight
+        """The base layer's weight; the adapters' too where nobody calls the layer, as in `nn.MultiheadAttention`."""
+        return self._read()[0] if self._uncalled else self.get_base_layer().weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.get_base_layer().bias
+        """The base layer's bias; see `weight`."""
+        return self._read()[1] if self._uncalled else self.get_base_layer().bias  # type: ignore[return-value]
+
+    def _read(self) -> tuple[Tensor, Tensor | None]:
+        route, dtype = routing.current(), self.host.dtype
+        if route is not None and route.rows is not None:
+            raise UnsupportedError(
+                "adapter_names mixes adapters, but torch's attention reads the weight of its out_proj once for the whole "
+                "batch. Adapt the attention module itself, or run one adapter at a time (model.use(name))."
+            )
+        weight, bias = self.effective()
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     @property
     def in_features(self) -> int:
@@ -769,6 +780,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self._adapters]
         if not names:
             return
+        merged = self._merge_order(names)
+        with torch.no_grad():
+            weight, bias = self.effective(tuple(merged))
+            if safe_merge:
+                _check_finite(weight, bias, names)
+            self._write(weight, bias, next((t for t in self._tied(merged) if t.merged_adapters == merged), None))
+        self.merged_adapters = merged
+
+    def _merge_order(self, names: Sequence[str]) -> list[str]:
+        """The merged part of the stack once these adapters are merged as well."""
         for name in names:
             method = method_of(self._adapters[name])
             if not method.mergeable:
@@ -777,19 +798,19 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 )
         wanted = {*self.merged_adapters, *names}
         order = [n for n in self._active_adapter if n in wanted]
-        merged = [n for n in (*self.merged_adapters, *names) if n not in order] + order
-        with torch.no_grad():
-            weight, bias = self.effective(tuple(merged))
-            if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-                raise ValueError(
-                    f"NaNs or infinities in the merged weights: adapter {names} is broken. Nothing was merged."
-                )
-            self._write(weight, bias, next((t for t in self._tied(merged) if t.merged_adapters == merged), None))
-        self.merged_adapters = merged
+        return [n for n in (*self.merged_adapters, *names) if n not in order] + order
+
+    def check_merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise what `merge` would raise, and change nothing."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in names if n in self._adapters and n not in self.merged_adapters]
+        order = self._merge_order(names)
+        if safe_merge and names:
+            with torch.no_grad():
+                _check_finite(*self.effective(tuple(order)), names)
 
     def _write(self, weight: Tensor, bias: Tensor | None, tied: AdaptedLayer | None = None) -> None:
-        host = self.host
-        module = host.module
+        host, module = self.host, self.get_base_layer()
         stored = {host.parameter: host.native(weight).to(host.dtype).contiguous()}
         old_bias = module._parameters.get(host.bias_parameter)
         if bias is not None and (old_bias is not None or host.bias_parameter in module._parameters):
@@ -813,13 +834,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if not self.merged_adapters:
             warnings.warn("Nothing is merged, so there is nothing to unmerge.", PeftWarning, stacklevel=2)
             return
-        host = self.host
+        host, module = self.host, self.get_base_layer()
         for name, parameter in self._originals["parameters"].items():
             if parameter is not None and parameter.device != host.device:
                 parameter.data = parameter.data.to(host.device)
-            host.module._parameters[name] = parameter
+            module._parameters[name] = parameter
         for name, value in self._originals["attributes"].items():
-            setattr(host.module, name, value)
+            setattr(module, name, value)
         self._originals = {}
         self.merged_adapters = []
 
@@ -898,6 +919,11 @@ def _join(parts: list[tuple[Tensor, Any]], dim: int, size: int) -> Any:
         return None
     order = torch.cat([index for index, _ in parts]).argsort()
     return torch.cat([y for _, y in parts], dim).index_select(dim, order)
+
+
+def _check_finite(weight: Tensor, bias: Tensor | None, names: Sequence[str]) -> None:
+    if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+        raise ValueError(f"NaNs or infinities in the merged weights: adapter {names} is broken. Nothing was merged.")
 
 
 def check_adapters_to_merge(module: AdaptedLayer, adapter_names: Sequence[str] | None = None) -> list[str]:

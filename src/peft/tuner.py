@@ -108,7 +108,10 @@ class BaseTuner(nn.Module):
         )
         self.targeted_module_names = [t.key for t in plan.targets if t.parameter is None]
         self.targeted_parameter_names = [f"{t.key}.{t.parameter}" for t in plan.targets if t.parameter]
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if adapter_name in self.active_adapters:
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        else:
+            inject.stand_by(model, adapter_name, self.active_adapters)
 
     def _create(self, model: nn.Module, config: Any, name: str, target: inject.Target, options: Any, undo: Any) -> None:
         parent, leaf = inject.parent_of(model, target.key)
@@ -136,11 +139,8 @@ class BaseTuner(nn.Module):
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else list(adapter_name)
         if len(self.active_adapters) == 1:
             self.active_adapter = self.active_adapters[0]
-        active = self.active_adapters
-        for bank in inject.banks(self.model):
-            for name in bank:
-                if isinstance(bank[name], (nn.Parameter, nn.ParameterDict)):
-                    bank[name].requires_grad_(name in active and not inference_mode)
+        inject.train_banks(self.model, [n for n in self.peft_config if n not in self.active_adapters], False)
+        inject.train_banks(self.model, self.active_adapters, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
@@ -150,10 +150,11 @@ class BaseTuner(nn.Module):
         """Remove an adapter; if it was active, the first of the others becomes active."""
         if adapter_name not in self.peft_config:
             raise ConfigError(f"Adapter {adapter_name!r} does not exist. Adapters: {list(self.peft_config)}.")
+        was_active = adapter_name in self.active_adapters
         inject.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
         left = [n for n in self.active_adapters if n != adapter_name] or list(self.peft_config)[:1]
-        if adapter_name in self.active_adapters and left:
+        if was_active and left:
             self.set_adapter(left)
         self.active_adapter = left[0] if len(left) == 1 else left
 
@@ -181,19 +182,11 @@ class BaseTuner(nn.Module):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (None: the active ones) into the base weights. The output does not change.
 
-        If a layer refuses, nothing is merged.
+        If a layer would refuse, nothing is merged.
         """
-        done: list[AdaptedLayer] = []
-        for layer in inject.layers(self.model):
-            before = list(layer.merged_adapters)
-            try:
-                layer.merge(safe_merge, adapter_names)
-            except BaseException:
-                for merged in done:
-                    merged.unmerge()
-                raise
-            if layer.merged_adapters != before and not before:
-                done.append(layer)
+        inject.check_merge(self.model, safe_merge, adapter_names)
+        for layer in reversed(list(inject.layers(self.model))):  # of two around one weight, the inner first
+            layer.merge(safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit."""

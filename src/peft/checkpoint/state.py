@@ -72,7 +72,7 @@ def get_peft_model_state_dict(
     result.update({name: t.contiguous() for name, t in keys.mirrored(model, adapter_name, result).items()})
     for disk, (memory, tensor) in keys.bank_entries(model, adapter_name).items():
         result[_bank_name(model, disk)] = source.get(_bank_name(model, memory), tensor.detach())
-    for name, _ in inject.bias_parameters(model, config.bias):
+    for name, _ in inject.bias_parameters(model, config.bias, adapter_name):
         result[keys.strip(name)] = source[keys.strip(name)]
     for name in _embedding_names(model, save_embedding_layers, source):
         result.setdefault(name, source[name])
@@ -156,7 +156,7 @@ def load_tensors(
     placed.update(_take_banks(model, adapter_name, rest, given))
     rest = [name for name in rest if not _repeats(name, given)]
     _check_mirrored(keys.mirrored(model, adapter_name, given), rest, given, source)
-    extra = {name: p for name, p in inject.bias_parameters(model, config.bias)}  # type: ignore[attr-defined]
+    extra = {name: p for name, p in inject.bias_parameters(model, config.bias, adapter_name)}  # type: ignore[attr-defined]
     extra = {keys.strip(name): p for name, p in extra.items()}
     current = {**_tensors(model, adapter_name), **{k: v.detach() for k, v in extra.items()}}
     for name in [n for n in rest if n in extra or _is_embedding(n, current)]:
@@ -179,7 +179,7 @@ def load_tensors(
     keys.share(model, adapter_name, replaced)
     with torch.no_grad():
         for layer in inject.layers(model):
-            if adapter_name in layer.available_adapters:
+            if adapter_name in layer.available_adapters and adapter_name not in layer._leaders:
                 parts = layer.parts(adapter_name)
                 parts.method.loaded(parts, layer.frozen)
     _fill_missing(model, config, adapter_name, [n for n in (*report.missing_keys, *wrong) if n in real], real, placed)
