@@ -224,7 +224,7 @@ def inject(side: str, blocks: int, width: int) -> Job:
     )
 
 
-def saved_lora(blocks: int = 80, width: int = 16) -> tuple[Any, str]:
+def saved_lora(blocks: int = 20, width: int = 16) -> tuple[Any, str]:
     """A model with an adapter on 7 * blocks layers, and a folder that holds it."""
     import peft
 
@@ -235,11 +235,11 @@ def saved_lora(blocks: int = 80, width: int = 16) -> tuple[Any, str]:
 
 
 def load(side: str, already: int) -> Job:
-    """Loading an adapter of 560 layers beside `already` others, and (outside the clock) removing it."""
+    """Loading an adapter of 140 layers beside `already` others, and (outside the clock) removing it."""
     import peft
 
     _, folder = saved_lora()
-    model = peft.PeftModel.from_pretrained(stack(80, 16), folder)
+    model = peft.PeftModel.from_pretrained(stack(20, 16), folder)
     for index in range(1, already):
         model.add_adapter(f"a{index}", peft.LoraConfig(r=4, target_modules=PROJECTIONS))
 
@@ -251,16 +251,16 @@ def load(side: str, already: int) -> Job:
 
 
 def first_load(side: str) -> Job:
-    """`PeftModel.from_pretrained` of an adapter of 560 layers."""
+    """`PeftModel.from_pretrained` of an adapter of 140 layers."""
     import peft
 
     _, folder = saved_lora()
-    model = stack(80, 16)
+    model = stack(20, 16)
     return Job(lambda m: peft.PeftModel.from_pretrained(m, folder), prepare=partial(copy.deepcopy, model))
 
 
 def switch(side: str, what: str) -> Job:
-    """`set_adapter`, the state dict and saving, with two adapters on 560 layers."""
+    """`set_adapter`, the state dict and saving, with two adapters on 140 layers."""
     import peft
 
     model, folder = saved_lora()
@@ -381,7 +381,7 @@ def _all() -> list[Case]:
         ),
         Case("inject", "Llama 70B on meta, 560 layers, and out again", inject_llama_70b),
         Case("inject", "560 layers", partial(inject, blocks=80, width=16)),
-        Case("inject", "5,040 layers", partial(inject, blocks=720, width=8)),
+        Case("inject", "5,040 layers", partial(inject, blocks=720, width=8), rounds=3),
         Case("load", "first", first_load),
         Case("load", "2nd", partial(load, already=1)),
         Case("load", "50th", partial(load, already=49)),

@@ -39,9 +39,10 @@ def saved_bytes(forward: Any, frozen: list[Tensor]) -> int:
     kept: dict[int, tuple[int, Any]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no address is used twice
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no address is used twice
         return tensor
 
     with saved_tensors_hooks(pack, lambda t: t):

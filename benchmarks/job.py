@@ -50,6 +50,8 @@ class Case:
     make: Callable[[str], Job]
     floor: bool = False
     counted: bool = False
+    rounds: int | None = None
+    """At most so many samples, for what takes long."""
 
     @property
     def key(self) -> str:

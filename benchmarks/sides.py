@@ -103,11 +103,14 @@ def measure(case: Case, rounds: int, clock: str, threads: int, sides: dict[str, 
         except SideError as error:
             result.failures[side] = str(error)
     ready = [side for side in wanted if side not in result.failures]
-    for turn in range(rounds):
+    for turn in range(min(rounds, case.rounds or rounds)):
         for side in ready if turn % 2 else reversed(ready):
             result.seconds.setdefault(side, []).append(sides[wanted[side]].ask("sample", case.key, side))
     for side in ready if case.counted else ():
-        result.counts[side] = sides[wanted[side]].ask("count", case.key, side)
+        try:
+            result.counts[side] = sides[wanted[side]].ask("count", case.key, side)
+        except SideError as error:
+            result.failures[f"{side}, counts"] = str(error)
     for process in sides.values():
         process.ask("drop", case.key)
     return result

@@ -344,17 +344,22 @@ def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Te
     if dtype is None:
         return None
     rate = 0.0 if add.dropout is None else add.dropout.p if type(add.dropout) is nn.Dropout else None
-    parts = tuple(_tensors(add.op))
-    if rate is None or not _plain(x, weight, bias, *parts):
-        return None
     thin = isinstance(add, Add) and isinstance(add.op, LowRank) and add.op.groups == 1
     thin = thin and not isinstance(add.op.scale, Tensor)
+    parts = (add.op.down, add.op.up) if thin else tuple(_tensors(add.op))
+    if rate is None or not _plain(x, weight, bias, *parts):
+        return None
     if isinstance(update, Magnitude) and (not thin or weight.data_ptr() != base.weight.data_ptr()):
         return None  # magnitudes are those of the frozen weight, whatever is merged into this one
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         shift = getattr(add, "shift", None)
         if shift is not None:
             bias = shift.to(dtype) if bias is None else bias + shift.to(bias.dtype)
+        if thin and update is add and not rate and not torch.is_grad_enabled():
+            hidden = F.linear(x.to(dtype), add.op.down.to(dtype)).mul_(add.op.scale)
+            y = _linear(x.to(dtype), weight, bias)
+            y.view(-1, y.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), add.op.up.to(dtype).mT)
+            return y
         flat, dropout = x.to(dtype).reshape(-1, x.shape[-1]), Dropout.draw(rate)
         if isinstance(update, Magnitude):
             gain = update.gain(base)
@@ -452,4 +457,7 @@ def can_fuse(module: nn.Module, *leaves: Any) -> bool:
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    return all(t is None or (type(t) in _PLAIN and t.layout is torch.strided) for t in tensors)
+    for t in tensors:  # a loop, since this runs for each layer of each token
+        if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided):
+            return False
+    return True

@@ -168,4 +168,5 @@ class WeightMethod:
 
 def method_of(config: Any) -> WeightMethod:
     """The method that a config configures."""
-    return registry.method(PeftType(config.peft_type).value)
+    peft_type = config.peft_type
+    return registry.method((peft_type if isinstance(peft_type, PeftType) else PeftType(peft_type)).value)

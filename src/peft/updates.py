@@ -42,6 +42,13 @@ class Base(Protocol):
         """The squared norm of each row of W (out,), kept between calls."""
         ...
 
+    def remember(self, tensors: tuple[Tensor, ...], scale: float, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of W, these tensors and a number, kept between calls in inference until one of them changes.
+
+        A change through `.data` is not seen before the layer's next `train()` or `eval()`; in training nothing is kept.
+        """
+        ...
+
     def run(self, x: Tensor) -> Tensor:
         """W x + b."""
         ...
@@ -263,7 +270,10 @@ class Magnitude(Update):
 
     def gain(self, base: Base) -> Tensor:
         """m / |W + op| (out,)."""
-        return self.magnitude / row_norms(self.inner.op, base).detach()
+        op = self.inner.op
+        if not isinstance(op, LowRank) or isinstance(op.scale, Tensor):
+            return self.magnitude / row_norms(op, base).detach()
+        return self.magnitude / base.remember((op.down, op.up), op.scale, lambda: row_norms(op, base).detach())
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         gain = self.gain(base)

@@ -312,3 +312,24 @@ def test_mixed_batches_train_each_adapter_on_its_rows():
             model(x, adapter_names=["default", "wide", "wide", "default"]).square().sum().backward()
         results.append([p.grad for p in model.parameters()])
     assert_equal(results[0], results[1], 1e-12)
+
+
+def test_norms_are_kept_in_inference_until_something_changes():
+    model = adapted(CONFIGS["DoRA"]()).eval()
+    layer, x = model.get_base_model().lin, torch.randn(3, 12, dtype=torch.float64)
+
+    def wanted() -> Tensor:
+        weight, bias = layer.effective()
+        return nn.functional.linear(x, weight, bias)
+
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: layer.lora_B["default"].weight.mul_(2),
+            lambda: layer.scaling.__setitem__("default", 0.3),
+            lambda: layer.base_layer.weight.add_(0.1),
+            lambda: setattr(layer.lora_A["default"].weight, "data", torch.randn(3, 12, dtype=torch.float64)),
+        ):
+            model(x)
+            change()
+            torch.testing.assert_close(model(x), wanted(), rtol=1e-12, atol=1e-12)
