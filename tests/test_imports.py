@@ -30,7 +30,7 @@ RANKS = [
     ["peft.targets"],
     ["peft.inject"],
     ["peft.status", "peft.serving", "peft.card"],
-    ["peft.checkpoint.keys"],
+    ["peft.checkpoint.keys", "peft.checkpoint.renames"],
     ["peft.integrations"],
     ["peft.methods", "peft.insertions", "peft.prompts"],
     ["peft.checkpoint.state"],

@@ -64,7 +64,6 @@ class PeftModel(nn.Module):
         self._peft_config: dict[str, PeftConfig] = {}
         self._train_heads(peft_config)
         if peft_config.is_prompt_learning:
-            self._peft_config[adapter_name] = peft_config
             self.base_model = model
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
             self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
@@ -73,9 +72,13 @@ class PeftModel(nn.Module):
             self.base_model = cls(
                 model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage, state_dict, autocast_adapter_dtype
             )
+        self._fit_base(model)
+
+    def _fit_base(self, model: nn.Module) -> None:
+        """Set up what the base model was told before it had adapters: checkpointing, slices of weights."""
         if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             self.prepare_model_for_gradient_checkpointing(model)
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
             config.pretraining_tp = 1  # slices weights of layers that may be wrapped now
 
@@ -84,9 +87,11 @@ class PeftModel(nn.Module):
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """Configs of all adapters, by name."""
-        own = self.__dict__["_peft_config"]
-        tuner = self._modules.get("base_model")
-        return {**tuner.peft_config, **own} if own and self._has_tuner else own if own else tuner.peft_config  # type: ignore[union-attr]
+        own: dict[str, PeftConfig] = self.__dict__["_peft_config"]
+        if not self._has_tuner:
+            return own
+        theirs: dict[str, PeftConfig] = self.base_model.peft_config  # type: ignore[assignment]
+        return {**theirs, **own} if own else theirs
 
     @peft_config.setter
     def peft_config(self, value: dict[str, PeftConfig]) -> None:
@@ -104,9 +109,10 @@ class PeftModel(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters."""
-        if self._has_tuner and not self.active_peft_config.is_prompt_learning:
+        names = [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
+        if self._has_tuner and not any(name in self._peft_config for name in names):
             return self.base_model.active_adapters
-        return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
+        return names
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -120,7 +126,7 @@ class PeftModel(nn.Module):
         route = routing.current()
         if route is not None and route.rows is not None:
             return any(name != routing.BASE for name in route.rows)
-        if self.active_peft_config.is_prompt_learning:
+        if any(name in self._peft_config for name in self.active_adapters):
             return route is None or any(name in self._peft_config for name in route.names)
         return any(layer._stack(route) for layer in inject.layers(self))
 
@@ -316,27 +322,16 @@ class PeftModel(nn.Module):
         autocast: bool,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
+        check_name(name)
+        if name in self._names():
+            raise AdapterNameError(f"There is an adapter named {name!r} already. Delete it, or choose another name.")
         self._train_heads(config)
         if config.is_prompt_learning:
-            if "prompt_encoder" not in self._modules:
-                self.prompt_encoder = nn.ModuleDict()
-            if name in self.prompt_encoder:
-                raise AdapterNameError(
-                    f"There is an adapter named {name!r} already. Delete it, or choose another name."
-                )
-            base = self.get_base_model()
-            encoder = prompts.build(config, base, fresh=not meta)
-            for parameter in base.parameters():
-                parameter.requires_grad_(False) if not self._has_tuner else None
-            inject.train_besides(base, config, name, autocast)
-            self.prompt_encoder[name] = encoder
-            self._peft_config[name] = config
+            self._add_prompt(name, config, meta, autocast)
             return
         if not self._has_tuner:
             self._wrap_base(name, config, meta, autocast)
             return
-        if name in self.peft_config:
-            raise AdapterNameError(f"There is an adapter named {name!r} already. Delete it, or choose another name.")
         tuner = self.base_model
         tuner.peft_config[name] = config
         try:
@@ -344,6 +339,21 @@ class PeftModel(nn.Module):
         except BaseException:
             tuner.peft_config.pop(name, None)
             raise
+
+    def _add_prompt(self, name: str, config: PeftConfig, meta: bool, autocast: bool) -> None:
+        base, first = self.get_base_model(), not self._names()
+        encoder = prompts.build(config, base, fresh=not meta)  # type: ignore[arg-type]
+        inject.train_besides(base, config, name, autocast)
+        if first:
+            for parameter in inject.base_parameters(base):
+                parameter.requires_grad_(False)
+        else:  # it waits to be chosen
+            encoder.requires_grad_(False)
+            inject.stand_by(base, name, self.active_adapters)
+        if "prompt_encoder" not in self._modules:
+            self.prompt_encoder = nn.ModuleDict()
+        self.prompt_encoder[name] = encoder
+        self._peft_config[name] = config
 
     def _wrap_base(self, name: str, config: PeftConfig, meta: bool, autocast: bool) -> None:
         """The first weight adapter of a model that had prompts only."""
@@ -376,8 +386,8 @@ class PeftModel(nn.Module):
         for name in names:
             state.config_of(self, name)
         in_layers = [n for n in names if n not in self._peft_config]
-        if self._has_tuner and in_layers:
-            self.base_model.set_adapter(in_layers if len(in_layers) > 1 else in_layers[0], inference_mode)
+        if self._has_tuner:
+            self.base_model.set_adapter(in_layers, inference_mode)
         if self._peft_config:
             for name, encoder in self.prompt_encoder.items():
                 encoder.requires_grad_(name in names and not inference_mode)
@@ -389,7 +399,7 @@ class PeftModel(nn.Module):
         """Remove an adapter. If it was active, the first of the others becomes active.
 
         Raises:
-            StateError: it is merged, or the only one.
+            StateError: it is merged.
         """
         state.config_of(self, adapter_name)
         if adapter_name in self._peft_config:
@@ -401,9 +411,11 @@ class PeftModel(nn.Module):
         else:
             self.base_model.delete_adapter(adapter_name)
         names = [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
-        if adapter_name in names and self.peft_config:
+        if adapter_name in names and self._names():
             left = [n for n in names if n != adapter_name] or list(self.peft_config)[:1]
             self.set_adapter(left[0] if len(left) == 1 else left)
+        elif adapter_name in names:
+            self.active_adapter = []  # type: ignore[assignment]
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name, keeping its place in the order.
@@ -620,6 +632,7 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(model_id, **options)
         config.inference_mode = not is_trainable
         target = cls if cls is not PeftModel else model_class(config.task_type)
+        bare, trained = not inject.adapters_in(model), [p for p in model.parameters() if p.requires_grad]
         made = target._shell(model, config)
         try:
             made.load_adapter(
@@ -632,10 +645,14 @@ class PeftModel(nn.Module):
                 **kwargs,
             )
         except BaseException:
-            if made._has_tuner:
-                made.base_model.unload()
+            if bare:
+                inject.unload(model, merge=False)
+                model.__dict__.pop("peft_config", None)
+            for parameter in trained:
+                parameter.requires_grad_(True)
             raise
         made.set_adapter(adapter_name, inference_mode=not is_trainable)
+        made._fit_base(model)
         return made
 
     @classmethod
@@ -697,7 +714,7 @@ class PeftModel(nn.Module):
                     self, config, adapter_name, values, mismatched, strict, str(path), torch_device
                 )
         except BaseException:
-            if fresh and len(self._names()) > 1:
+            if fresh:
                 self.delete_adapter(adapter_name)
             raise
         if not is_trainable:
@@ -709,8 +726,7 @@ class PeftModel(nn.Module):
         return list(self.peft_config) if self._has_tuner or self._peft_config else []
 
     def _add_loaded(self, name: str, config: PeftConfig, autocast: bool) -> None:
-        with warnings.catch_warnings():
-            self._add(name, config, True, autocast)
+        self._add(name, config, True, autocast)
         if len(self._names()) == 1:
             self.active_adapter = name
 
@@ -723,7 +739,9 @@ class PeftModel(nn.Module):
         current = state.base_sketch(self, adapter_name, fingerprint.names(saved)) if saved else None
         if saved is None or current is None:
             return
-        found = [d for d in fingerprint.compare(saved, current) if not d.harmless]
+        saved = state.sketch_here(self, adapter_name, saved, current)
+        # What is not here at all, the tensors of the adapter will say better.
+        found = [d for d in fingerprint.compare(saved, current) if not d.harmless and d.what != "missing"]
         if found:
             raise BaseMismatchError(
                 f"The adapter in {str(path)!r} was trained on another base model: {fingerprint.explain(found)} "

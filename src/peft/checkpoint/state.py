@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from peft import inject, targets
 from peft.auxiliary import AuxiliaryTrainingWrapper
-from peft.checkpoint import files, fingerprint, keys, tensors
+from peft.checkpoint import files, fingerprint, keys, renames, tensors
 from peft.checkpoint.report import LoadReport
 from peft.config import PeftConfig
-from peft.errors import AdapterNameError, LoadError, nearest
+from peft.errors import AdapterNameError, LoadError, PeftWarning, StateError, nearest
 from peft.layer import AdaptedLayer
 from peft.method import method_of
 
@@ -71,7 +72,7 @@ def get_peft_model_state_dict(
     result = keys.to_file(model, keys.entries(model, adapter_name), adapter_name, source)
     result.update({name: t.contiguous() for name, t in keys.mirrored(model, adapter_name, result).items()})
     for disk, (memory, tensor) in keys.bank_entries(model, adapter_name).items():
-        result[_bank_name(model, disk)] = source.get(_bank_name(model, memory), tensor.detach())
+        result[_bank_name(model, disk)] = source.get(memory, tensor.detach())
     for name, _ in inject.bias_parameters(model, config.bias, adapter_name):
         result[keys.strip(name)] = source[keys.strip(name)]
     for name in _embedding_names(model, save_embedding_layers, source):
@@ -96,16 +97,21 @@ def _bank_name(model: nn.Module, name: str) -> str:
 def _embedding_names(model: nn.Module, wanted: bool | str, known: Mapping[str, Tensor]) -> list[str]:
     if wanted is False:
         return []
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = {id(inject._inner(module)) for _, module in targets._adaptable(base)}
-    found = []
+    candidates = []
     for name, module in inject.walk(model):
-        if id(module) not in own or not isinstance(module, (nn.Embedding, nn.Linear)):
+        if not isinstance(module, (nn.Embedding, nn.Linear)):
             continue
         plain = name.removesuffix(".base_layer").rpartition(".")[2]
         is_one = isinstance(module, nn.Embedding) or plain in _EMBEDDINGS
         if is_one and (wanted is True or module.weight.requires_grad):
-            found.append(keys.strip(f"{name}.weight").replace("original_module.", ""))
+            candidates.append((name, module))
+    if not candidates:
+        return []
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = {id(inject._inner(module)) for _, module in targets._adaptable(base)}
+    found = [
+        keys.strip(f"{name}.weight").replace("original_module.", "") for name, module in candidates if id(module) in own
+    ]
     return [n for n in found if n in known] if wanted is True else found
 
 
@@ -150,8 +156,14 @@ def load_tensors(
     device: Any = None,
 ) -> LoadReport:
     """`set_peft_model_state_dict` for weight methods, checked before anything is written."""
+    if any(adapter_name in layer.merged_adapters for layer in inject.layers(model)):
+        raise StateError(
+            f"Adapter {adapter_name!r} is merged into the base weights, which would stay as they are. Call "
+            "unmerge_adapter() before you load other tensors into it."
+        )
     found = keys.entries(model, adapter_name)
     given = _relative(model, found, state_dict)
+    given = _renamed(model, found, adapter_name, given, source)
     placed, rest = keys.from_file(model, found, adapter_name, given)
     placed.update(_take_banks(model, adapter_name, rest, given))
     rest = [name for name in rest if not _repeats(name, given)]
@@ -186,6 +198,29 @@ def load_tensors(
     return report
 
 
+def _renamed(
+    model: nn.Module, found: list[keys.Entry], adapter: str, given: dict[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """The file's tensors by the model's names, where all that differs is how modules are called."""
+    ours, mirrored = {e.disk: e.memory for e in found}, keys.mirrored(model, adapter, given)
+    theirs = {n: tuple(t.shape) for n, t in given.items() if n not in ours and n not in mirrored}
+    lost = [disk for disk in ours if disk not in given]
+    if not lost or not theirs:
+        return given
+    current = _tensors(model, adapter)
+    pairs = renames.renamed({disk: tuple(current[ours[disk]].shape) for disk in lost}, theirs)
+    if pairs is None:
+        return given
+    old, new = next(iter(pairs.items()))
+    warnings.warn(
+        f"The adapter{f' in {source!r}' if source else ''} names {len(pairs)} tensors otherwise than this model does, "
+        f"as other releases of its code do; they were paired by structure ({old!r} is {new!r} here).",
+        PeftWarning,
+        stacklevel=5,
+    )
+    return {pairs.get(name, name): tensor for name, tensor in given.items()}
+
+
 def _relative(model: nn.Module, found: list[keys.Entry], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names of a file, with the prefix of a `PeftModel` added or taken away as the model needs it."""
     wrapped = any(e.disk.startswith(keys.BASE_PREFIX) for e in found)
@@ -207,7 +242,7 @@ def _take_banks(model: nn.Module, adapter: str, rest: list[str], given: Mapping[
         name = _bank_name(model, disk)
         if name in rest:
             rest.remove(name)
-            placed[_bank_name(model, memory)] = given[name]
+            placed[memory] = given[name]
     return placed
 
 
@@ -226,8 +261,8 @@ def _check_mirrored(
             continue
         if not torch.equal(tensor, given[name]):
             raise LoadError(
-                f"The adapter{f' in {source!r}' if source else ''} says that tied weights stay tied, but {name!r} is not "
-                "the transpose of its partner: they were trained apart. Set ensure_weight_tying=false in its config."
+                f"The adapter{f' in {source!r}' if source else ''} says that tied weights stay tied, but {name!r} is "
+                "not the transpose of its partner: they were trained apart. Set ensure_weight_tying=false in its config."
             )
         rest.remove(name)
 
@@ -325,6 +360,18 @@ def base_sketch(model: nn.Module, adapter: str, only: list[str] | None = None) -
         elif isinstance(module, AuxiliaryTrainingWrapper):
             continue
     return fingerprint.sketch(found, {}, only=only) if found else None
+
+
+def sketch_here(
+    model: nn.Module, adapter: str, saved: Mapping[str, Any], current: dict[str, Any]
+) -> Mapping[str, Any]:
+    """A fingerprint by the names of this model; what it knows beyond `current` is added there."""
+    lost = {name: tuple(entry[0]) for name, entry in saved["tensors"].items() if name not in current["tensors"]}
+    every = (base_sketch(model, adapter) if lost else None) or current
+    new = {name: tuple(entry[0]) for name, entry in every["tensors"].items() if name not in saved["tensors"]}
+    pairs = renames.renamed(new, lost) or {}
+    current["tensors"].update({name: every["tensors"][name] for name in pairs.values()})
+    return {**saved, "tensors": {pairs.get(name, name): entry for name, entry in saved["tensors"].items()}}
 
 
 def load_peft_weights(

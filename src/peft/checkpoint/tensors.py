@@ -94,7 +94,10 @@ def _read_safetensors(path: Path, device: torch.device, limit_bytes: int | None)
 
 def _read_pickle(path: Path, device: torch.device, limit_bytes: int | None) -> dict[str, Tensor]:
     size = headers.regular_size(path)
-    zipped = zipfile.is_zipfile(path)
+    try:
+        zipped = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise corrupt(path, f"it is a damaged archive ({error})") from None
     if zipped:
         _refuse_compression(path)
     _limit(path, size, limit_bytes)
