@@ -129,6 +129,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             raise TargetError(
                 "A layer can't be adapted and trained whole (modules_to_save) at once; choose one of the two."
             )
+        inside = next((m for m in self.original_module.modules() if isinstance(m, AdaptedLayer)), None)
+        if inside is not None:
+            raise TargetError(
+                f"A {type(self.original_module).__name__} can't be trained whole (modules_to_save) while layers inside it "
+                f"are adapted by {inside.available_adapters}; delete those first, or adapt the layers here as well."
+            )
         made = copy.deepcopy(self.original_module)
         for module in made.modules():
             for name, parameter in module._parameters.items():

@@ -219,7 +219,7 @@ def inject(
     if method.copies is None:
         _follow_ties(config, method, plan, tied)
     undo = Undo()
-    frozen = _base_parameters(model)
+    frozen = base_parameters(model)
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -250,7 +250,7 @@ def inject(
     return plan
 
 
-def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that require gradients and that no adapter trains: not the copies, nor the biases, of those before."""
     theirs = {id(p) for wrapper in wrappers(model) for name in wrapper.names() for p in wrapper.trained(name)}
     for name, config in (getattr(model, "peft_config", None) or {}).items():
@@ -822,8 +822,12 @@ def stand_by(model: nn.Module, adapter_name: str, active: Sequence[str]) -> None
     every, besides = adapted(model)
     tokens = {id(w.token_adapter) for w in besides if isinstance(w, TrainableTokensWrapper)}
     for module in (*every, *besides):
-        if id(module) not in tokens and module.active_adapters == [adapter_name]:
+        if id(module) in tokens:
+            continue
+        if module.active_adapters == [adapter_name]:
             module.set_adapter(active)
+        else:
+            module.set_requires_grad(adapter_name, False)
     train_banks(model, [adapter_name], False)
 
 

@@ -707,12 +707,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         call = Call(self, host, args, kwargs)
         updates = self.updates(names, running=True)
-        if host.on_input and not args and not kwargs and autograd.can_fuse(host.module, *self._leaves(names)):
+        plain = host.on_input and not x.is_nested and not args and not kwargs
+        if plain and autograd.can_fuse(host.module, *self._leaves(names)):
             weight, bias = (host.weight(), host.bias()) if on_merged else self._frozen(host)
             y = autograd.fused(updates, call, x, weight, bias)
             if y is not None:
                 return y
-        if not host.factored or not all(_runs(u, host) for u in updates):
+        if not host.factored or x.is_nested or not all(_runs(u, host) for u in updates):
             weight, bias = (host.weight(), host.bias()) if on_merged else call.layer._frozen(host)
             for update in updates:
                 weight, bias = update.weight(weight, call), update.add_bias(bias, call)

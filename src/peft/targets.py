@@ -223,7 +223,7 @@ def find(config: TargetedConfig, model: nn.Module) -> Matches:
     exclude = matcher(config.exclude_modules, f"{where}.exclude_modules")
     only = config.layers_to_transform
     layers = None if only is None else {only} if isinstance(only, int) else set(only)
-    whole = matcher(config.modules_to_save, f"{where}.modules_to_save")
+    whole = Endings(config.modules_to_save) if config.modules_to_save else None
     used: set[str] = set()
     dropped: set[str] = set()
     for key, _ in _adaptable(model):
@@ -263,7 +263,7 @@ def _overshadowed(table: Mapping[str, Any], key: str, matches: Matches) -> bool:
     return any(patterns.matching({key: 0}, path) for path in (*matches.modules, *matches.parameters))
 
 
-def _inside(whole: Names | Regex, key: str) -> bool:
+def _inside(whole: Names, key: str) -> bool:
     """Whether a module, or one that holds it, is trained whole."""
     parts = key.split(".")
     return any(whole.entry(".".join(parts[: n + 1])) is not None for n in range(len(parts)))

@@ -20,7 +20,7 @@ from peft.method import WeightMethod, method_of
 from peft.slots import Vector, container
 
 BASE_PREFIX = "base_model.model."
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass
@@ -80,13 +80,13 @@ def _of_layer(layer: AdaptedLayer, adapter: str, dot: str) -> list[Entry]:
 
 def strip(name: str) -> str:
     """A name without what compilation and sharding wrap around modules."""
-    for wrapper in _WRAPPERS[:3]:
+    for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def bank_entries(model: nn.Module, adapter: str, saved: bool = True) -> dict[str, tuple[str, Tensor]]:
-    """Shared tensors of an adapter, by their names in files: the name in memory, and the tensor. Without prefix.
+    """Shared tensors of an adapter, by their names in files (without prefix): the name in the state dict, and the tensor.
 
     Args:
         model: The adapted model.
@@ -94,6 +94,7 @@ def bank_entries(model: nn.Module, adapter: str, saved: bool = True) -> dict[str
         saved: Only those that files hold.
     """
     found: dict[str, tuple[str, Tensor]] = {}
+    paths = {id(module): path for path, module in inject.walk(model)}
     for layer in inject.layers(model):
         if adapter not in layer._adapters:
             continue
@@ -104,10 +105,12 @@ def bank_entries(model: nn.Module, adapter: str, saved: bool = True) -> dict[str
             if adapter not in bank:
                 continue
             held = bank[adapter]
+            # Injected without a model around it, it is nowhere but in the layers.
+            path = strip(paths.get(id(bank)) or f"{paths[id(layer)]}.{name}")
             parts = [("", held)] if isinstance(held, Tensor) else held.items()
             for part, tensor in parts:
                 end = f".{part}" if part else ""
-                found[f"{name}{end}"] = (f"{name}.{adapter}{end}", tensor)
+                found[f"{name}{end}"] = (f"{path}.{adapter}{end}", tensor)
     return found
 
 
@@ -150,12 +153,15 @@ def mirrored(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> d
         adapter: The adapter.
         tensors: Those of the adapter, by names in files.
     """
-    paths = {id(m): strip(path) for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+    paths, followers = {}, []
+    for path, layer in inject.walk(model):
+        if isinstance(layer, AdaptedLayer):
+            paths[id(layer)] = strip(path)
+            if adapter in layer._leaders:
+                followers.append(layer)
     found: dict[str, Tensor] = {}
-    for layer in inject.layers(model):
-        leader = layer._leaders.get(adapter)
-        if leader is None:
-            continue
+    for layer in followers:
+        leader = layer._leaders[adapter]
         start, method = f"{paths[id(leader)]}.", method_of(layer._adapters[adapter])
         own = {k[len(start) :]: t for k, t in tensors.items() if k.startswith(start) and method.owns(k[len(start) :])}
         found.update({f"{paths[id(layer)]}.{name}": t for name, t in method.mirrored(own).items()})
