@@ -14,10 +14,10 @@ from typing import Any
 
 from peft import registry
 from peft.method import WeightMethod
-from peft.testing import check_method, samples
+from peft.testing import PLACES, check_method, samples
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "docs/support.md")
 
 COLUMNS = {
     "Linear": ("Linear", "Linear, square, no bias", "two Linears"),
@@ -64,6 +64,8 @@ def methods() -> str:
 
 
 def _weight_row(name: str) -> str:
+    if registry.method(name).copies is not None:
+        return f"| {_about(name)} | {' | '.join(NONE if column == 'Parameter' else ALL for column in COLUMNS)} |"
     supported: set[str] = set()
     for config in samples(name):
         supported |= set(check_method(config, checks=["law"]).supported)
@@ -72,6 +74,24 @@ def _weight_row(name: str) -> str:
         count = len(supported & set(places))
         marks.append(NONE if not count else ALL if count == len(places) else SOME)
     return f"| {_about(name)} | {' | '.join(marks)} |"
+
+
+def support() -> str:
+    """Every weight method on every kind of layer, and what it says where it refuses."""
+    refusals: list[str] = []
+    lines = [_line(["Method", *PLACES]), _line(["---", *[":-:"] * len(PLACES)])]
+    for name, method in registry.all_methods().items():
+        if not isinstance(method, WeightMethod) or registry.is_third_party(name) or method.copies is not None:
+            continue
+        reports = [check_method(config, checks=["law"]) for config in samples(name)]
+        marks = []
+        for place in PLACES:
+            cells = [cell for report in reports for cell in report.cells if cell.place == place]
+            refused = {cell.refused: None for cell in cells if cell.refused}
+            marks.append(NONE if all(c.refused for c in cells) else SOME if refused else ALL)
+            refusals += [f"- {name} × {place}: {reason}" for reason in refused]
+        lines.append(_line([name, *marks]))
+    return "\n".join([*lines, "", "Refusals:", "", *(refusals or ["none."])])
 
 
 def _about(name: str) -> str:
@@ -89,7 +109,7 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-GENERATORS: dict[str, Callable[[], str]] = {"methods": methods}
+GENERATORS: dict[str, Callable[[], str]] = {"methods": methods, "support": support}
 BLOCK = re.compile(r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

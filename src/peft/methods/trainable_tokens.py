@@ -92,7 +92,7 @@ class TrainableTokens(WeightMethod, peft_type="TRAINABLE_TOKENS", config=Trainab
     def resolve(self, config: TrainableTokensConfig, host: Host, site: Site) -> dict[str, Any]:
         size, width = (host.in_features, host.out_features) if host.one_hot else (host.out_features, host.in_features)
         if host.layout.get("spatial"):
-            raise TargetError(f"{site.key!r} is a {host.name}, which has no row per token: target an embedding or a head.")
+            raise TargetError(f"{site.key!r} is a {host.name}, which has no row per token: target an embedding.")
         ids = list(config.token_indices)
         wrong = [i for i in ids if not 0 <= i < size]
         if wrong or len(set(ids)) != len(ids) or not ids:
