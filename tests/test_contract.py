@@ -31,7 +31,7 @@ def _cells():
                 yield pytest.param(config, place, checks, id=f"{method}-{number}-{place}")
 
 
-@pytest.mark.parametrize(("config", "place", "checks"), _cells())
+@pytest.mark.parametrize(("config", "place", "checks"), list(_cells()))
 def test_contract(config, place, checks):
     report = check_method(config, hosts=[place], checks=checks)
     for cell in report.cells:

@@ -57,8 +57,8 @@ class Replace(Update):
         y = prev(x)
         if not self.columns:
             rows = torch.nn.functional.linear(x, self.value.to(x.dtype))
-            if base.bias is not None:
-                rows = rows + base.bias[self.index].to(x.dtype)
+            if bias is not None:
+                rows = rows + bias[self.index].to(x.dtype)
             return y.index_copy(-1, self.index, rows.to(y.dtype))
         hit = x[..., None] == self.index
         scale = getattr(base.host.module, "embed_scale", None)  # type: ignore[attr-defined]
