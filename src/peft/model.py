@@ -475,7 +475,7 @@ class PeftModel(nn.Module):
         encoder = self.prompt_encoder[adapter_name]
         encoder.load_tensors({k: v for k, v in state_dict.items() if k not in inside})
         report = LoadReport()
-        if inside:
+        if inside or keys.entries(base, adapter_name):
             config = self._peft_config[adapter_name]
             within = {k.removeprefix(_PROMPTED_PREFIX): v for k, v in inside.items()}
             found = state.load_tensors(base, _NoBias(config), adapter_name, within, strict=strict)
