@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 # module's name decides its rank.
 RANKS = [
     ["peft.errors", "peft.version"],
-    ["peft.registry", "peft.routing", "peft.patterns"],
+    ["peft.registry", "peft.typecheck", "peft.routing", "peft.patterns"],
     ["peft.checkpoint.files", "peft.checkpoint.hub", "peft.checkpoint.header", "peft.checkpoint.strict_json"],
     ["peft.checkpoint.tensors", "peft.checkpoint.fingerprint", "peft.checkpoint.report", "peft.checkpoint"],
     ["peft.operators"],
@@ -35,7 +35,9 @@ RANKS = [
     ["peft.methods", "peft.insertions", "peft.prompts"],
     ["peft.checkpoint.state"],
     ["peft.combine"],
+    ["peft.checkpoint.hotswap"],
     ["peft.tuner"],
+    ["peft.integrations.callbacks"],
     ["peft.model"],
     ["peft.tasks"],
     ["peft.mixed_model", "peft.mapping_func", "peft.plan", "peft.verify", "peft.training_state", "peft.auto"],

@@ -73,12 +73,7 @@ IMPORTS = {
 
 #: Paths of what is not there yet. They fail here as soon as it is.
 LATER = {
-    "peft:AdaLoraConfig",
     "peft:AdaptionPromptConfig",
-    "peft.optimizers:create_loraplus_optimizer",
-    "peft.tuners.adalora:AdaLoraLayer",
-    "peft.tuners.adalora:AdaLoraModel",
-    "peft.tuners.adalora:RankAllocator",
     "peft.tuners.lora.corda:",
     "peft.tuners.lora.dora:",
     "peft.tuners.lora.eva:",
@@ -86,9 +81,6 @@ LATER = {
     "peft.tuners.lora.loraga:",
     "peft.tuners.lora.torchao:",
     "peft.tuners.lora.variants:MiCALinearVariant",
-    "peft.utils.hotswap:check_hotswap_configs_compatible",
-    "peft.utils.hotswap:hotswap_adapter_from_state_dict",
-    "peft.utils.hotswap:prepare_model_for_compiled_hotswap",
     "peft.utils.save_and_load:_maybe_shard_state_dict_for_tp",
 }
 
