@@ -80,6 +80,24 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """The parameters that an adapter has here."""
         raise NotImplementedError
 
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        """Drop what an adapter has here; if it was active, the first of the given ones that is here becomes active."""
+        raise NotImplementedError
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name."""
+        raise NotImplementedError
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The module to leave behind."""
+        raise NotImplementedError
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names in a file (relative to this module) to names in this wrapper."""
+        raise NotImplementedError
+
     def _chosen(self, route: routing.Route | None) -> str | None:
         names = self.names()
         if route is not None:
@@ -193,7 +211,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             return module(x, *args, **kwargs)
         was = next((p.dtype for p in self.original_module.parameters() if p.is_floating_point()), None)
         now = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-        if was is None or was == now:
+        if was is None or now is None or was == now:
             return module(x, *args, **kwargs)
         y = module(
             _cast(x, was, now),

@@ -19,6 +19,7 @@ from peft.hosts.parameter import ParameterHost
 from peft.layer import AdaptedLayer, adapt
 from peft.method import Site, WeightMethod, method_of
 from peft.slots import BufferDict, adapter_dtype, container
+from peft.targets import Matches
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Plan:
     targets: list[Target]
     whole: list[str] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
-    matches: targets.Matches = field(default_factory=targets.Matches)
+    matches: Matches = field(default_factory=Matches)
     followers: dict[str, str] = field(default_factory=dict)
     """Layers that share the weight of a target, and take part in its adapter: their paths, and the target's."""
 
@@ -168,14 +169,14 @@ class Undo:
 
 def parent_of(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     """The module that holds `key`, and the name in it; adapted layers on the way count as the layers they adapt."""
-    parent = model
+    parent: Any = model
     *path, name = key.split(".")
     for part in path:
-        parent = _inner(parent)._modules[part]  # type: ignore[assignment]
+        parent = _inner(parent)._modules[part]
     return _inner(parent), name
 
 
-def _inner(module: nn.Module) -> nn.Module:
+def _inner(module: Any) -> nn.Module:
     if isinstance(module, AdaptedLayer):
         return module.get_base_layer()
     if isinstance(module, AuxiliaryTrainingWrapper):
@@ -348,7 +349,7 @@ def _adapt_layers(
         (create or wrap)(model, config, adapter_name, target, options, undo)
 
 
-def _note_layout(config: TargetedConfig, hosts: Iterable[Host]) -> None:
+def _note_layout(config: Any, hosts: Iterable[Host]) -> None:
     """Say in the config how the targeted matrices are stored, for those who read the file; we look at the layers."""
     stored = [host.fan_in_fan_out for host in hosts if host.name == "Linear"]
     if not stored or not hasattr(config, "fan_in_fan_out"):
@@ -442,7 +443,7 @@ def _layer_of(module: nn.Module | None, parameter: str | None) -> AdaptedLayer |
 
 def _wrap_output(layer: AdaptedLayer, config: Any, name: str, options: dict[str, Any], undo: Undo) -> AdaptedLayer:
     """The output projection of an attention layer, adapted beside its input projection."""
-    attention = layer.get_base_layer()
+    attention: Any = layer.get_base_layer()
     projection = attention.out_proj
     first = options["site"]
     site = replace(first, key=f"{first.key}.out_proj", index=first.index + 1)
@@ -550,7 +551,7 @@ def _train_whole(
             todo += [p for p in partners if p not in todo]
     for key in todo:
         parent, name = parent_of(model, key)
-        module = parent._modules[name]
+        module: Any = parent._modules[name]
         source = (
             next((done[p] for p in _partners(tied, key) if p in done), None) if config.ensure_weight_tying else None
         )
@@ -559,7 +560,6 @@ def _train_whole(
             undo.later(lambda w=wrapper: w.delete_adapter(adapter_name))
             wrapper.update(adapter_name, autocast=autocast)
         else:
-            assert module is not None
             if isinstance(module, AuxiliaryTrainingWrapper):
                 raise TargetError(f"{key!r} is trained already in another way, as a {type(module).__name__}.")
             wrapper = cls.around(module)
@@ -627,14 +627,11 @@ class _Untied:
 def _check_bias(model: nn.Module, config: TargetedConfig) -> None:
     if config.bias == "none":
         return
-    others = [
-        n
-        for n, c in (getattr(model, "peft_config", None) or {}).items()
-        if getattr(c, "bias", "none") != "none" and c is not config
-    ]
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    others = [n for n, c in configs.items() if getattr(c, "bias", "none") != "none" and c is not config]
     if others:
         raise StateError(
-            f"Adapter {others[0]!r} trains biases of the base model (bias={model.peft_config[others[0]].bias!r}); they belong "
+            f"Adapter {others[0]!r} trains biases of the base model (bias={configs[others[0]].bias!r}); they belong "
             "to the base layers, so only 1 adapter with bias is possible. Set bias='none' for the new one."
         )
 
@@ -898,9 +895,10 @@ def _with_progress(items: list[Any], text: str) -> Any:
 
 def _settle_ties(model: nn.Module) -> None:
     """Tie embeddings again that merging left equal; if it parted them, say so in the config, which a reload obeys."""
-    config = getattr(model, "config", None)
-    get_in, get_out = getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)
-    if not getattr(config, "tie_word_embeddings", False) or not callable(get_in) or not callable(get_out):
+    config: Any = getattr(model, "config", None)
+    get_in: Any = getattr(model, "get_input_embeddings", None)
+    get_out: Any = getattr(model, "get_output_embeddings", None)
+    if not getattr(config, "tie_word_embeddings", False) or get_in is None or get_out is None:
         return
     one, two = get_in(), get_out()
     if one is None or two is None or one.weight is two.weight:
@@ -908,7 +906,7 @@ def _settle_ties(model: nn.Module) -> None:
     if one.weight.shape == two.weight.shape and torch.equal(one.weight, two.weight):
         two.weight = one.weight
     else:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        config.tie_word_embeddings = False
         warnings.warn(
             "Merging gave the input and output embeddings different weights; config.tie_word_embeddings is now False.",
             PeftWarning,

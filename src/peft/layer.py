@@ -54,10 +54,10 @@ class Parts:
         values = layer.__dict__.get(name)
         if values.__class__ is dict and adapter in values:
             return values[adapter]
-        held = layer._modules.get(layer._stored.get(name, name))
-        if held is not None and adapter in held:  # type: ignore[operator]
-            return tensor_of(held[adapter])  # type: ignore[index]
-        bank = layer._banks.get(name)
+        held: Any = layer._modules.get(layer._stored.get(name, name))
+        if held is not None and adapter in held:
+            return tensor_of(held[adapter])
+        bank: Any = layer._banks.get(name)
         if bank is not None and adapter in bank:
             return bank[adapter]
         raise AttributeError(f"adapter {adapter!r} has no {name!r} here")
@@ -561,9 +561,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def slots(self, name: str) -> Iterator[tuple[Any, Any]]:
         """The slots of an adapter, each with the module or tensor it holds."""
         for slot in method_of(self._adapters[name]).slots:
-            held = self._modules.get(self._stored.get(slot.name, slot.name))
+            held: Any = self._modules.get(self._stored.get(slot.name, slot.name))
             if held is not None and name in held:
-                yield slot, held[name]  # type: ignore[index]
+                yield slot, held[name]
 
     def parts(self, name: str) -> Parts:
         """One adapter of this layer, by attribute."""

@@ -45,6 +45,9 @@ class PeftModel(nn.Module):
         torch.Size([1, 3])
     """
 
+    base_model: Any
+    prompt_encoder: Any
+    active_adapter: Any
     head_modules: tuple[str, ...] = ()
     """Names of a task's heads, which train whole with every adapter."""
 
@@ -58,7 +61,7 @@ class PeftModel(nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.active_adapter: str = adapter_name
+        self.active_adapter = adapter_name
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._peft_config: dict[str, PeftConfig] = {}
@@ -90,7 +93,7 @@ class PeftModel(nn.Module):
         own: dict[str, PeftConfig] = self.__dict__["_peft_config"]
         if not self._has_tuner:
             return own
-        theirs: dict[str, PeftConfig] = self.base_model.peft_config  # type: ignore[assignment]
+        theirs: dict[str, PeftConfig] = self.base_model.peft_config
         return {**theirs, **own} if own else theirs
 
     @peft_config.setter
@@ -191,7 +194,8 @@ class PeftModel(nn.Module):
         with self._routed(kwargs):
             if self._prompting():
                 return prompts.generate(self, *args, **kwargs)
-            return self.get_base_model().generate(*args, **kwargs)
+            base: Any = self.get_base_model()
+            return base.generate(*args, **kwargs)
 
     @contextmanager
     def _routed(self, kwargs: dict[str, Any]) -> Iterator[None]:
@@ -252,14 +256,14 @@ class PeftModel(nn.Module):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base model's own, and what frozen embeddings need for it to work."""
-        base = self.get_base_model()
+        base: Any = self.get_base_model()
         base.gradient_checkpointing_enable(*args, **kwargs)
         routing.keep_routes(base)
         self.prepare_model_for_gradient_checkpointing(base)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The same, by its name in newer versions of transformers."""
-        base = self.get_base_model()
+        base: Any = self.get_base_model()
         base.activation_checkpointing_enable(*args, **kwargs)
         routing.keep_routes(base)
         self.prepare_model_for_gradient_checkpointing(base)
@@ -368,13 +372,13 @@ class PeftModel(nn.Module):
             for module in (*inject.layers(base), *inject.wrappers(base)):
                 module.set_adapter([n for n in self.active_adapters if n in self._peft_config])
 
-    def _train_heads(self, config: PeftConfig) -> None:
+    def _train_heads(self, config: Any) -> None:
         """The heads of the task train whole with the adapter."""
         if not self.head_modules or not hasattr(config, "modules_to_save") or "modules_to_save" in config._optional:
             return
         own = list(config.modules_to_save or [])
         config.modules_to_save = own + [n for n in self.head_modules if n not in own]
-        config._heads = self.head_modules  # type: ignore[attr-defined]  # a model has one of them
+        config._heads = self.head_modules  # a model has one of them
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (and trainable unless `inference_mode`); the others freeze.
@@ -393,7 +397,7 @@ class PeftModel(nn.Module):
                 encoder.requires_grad_(name in names and not inference_mode)
             for wrapper in inject.wrappers(self.get_base_model()) if not in_layers else ():
                 wrapper.set_adapter(names, inference_mode)
-        self.active_adapter = names[0] if len(names) == 1 else names  # type: ignore[assignment]
+        self.active_adapter = names[0] if len(names) == 1 else names
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others becomes active.
@@ -415,7 +419,7 @@ class PeftModel(nn.Module):
             left = [n for n in names if n != adapter_name] or list(self.peft_config)[:1]
             self.set_adapter(left[0] if len(left) == 1 else left)
         elif adapter_name in names:
-            self.active_adapter = []  # type: ignore[assignment]
+            self.active_adapter = []
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name, keeping its place in the order.
@@ -435,7 +439,7 @@ class PeftModel(nn.Module):
         else:
             self.base_model.rename_adapter(old, new)
         active = self.active_adapter
-        self.active_adapter = new if active == old else active  # type: ignore[assignment]
+        self.active_adapter = new if active == old else active
         if not isinstance(active, str):
             self.active_adapter = [new if name == old else name for name in active]
 
@@ -698,6 +702,8 @@ class PeftModel(nn.Module):
             if fresh and config is None:
                 config = PeftConfig.from_pretrained(model_id, **options)
                 config.inference_mode = not is_trainable
+            if fresh:
+                state.check_sizes(config, self.get_base_model(), values, str(path))
             if fresh and config.peft_type == PeftType.LORA:
                 fused = renames.fuse_experts(self.get_base_model(), config, values)
                 config, values = fused or (config, values)

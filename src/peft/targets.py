@@ -356,8 +356,8 @@ def demand(config: TargetedConfig, model: nn.Module, matches: Matches) -> None:
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
+    get: Any = getattr(model, "get_output_embeddings", None)
     try:
-        return get() if callable(get) else None
+        return None if get is None else get()
     except (NotImplementedError, AttributeError):
         return None

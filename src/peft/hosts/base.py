@@ -45,7 +45,7 @@ class Host:
         _HOSTS.update(dict.fromkeys(cls.types, cls))
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
 
     # what it is
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-def require_input_gradients(model: nn.Module) -> None:
+def require_input_gradients(model: Any) -> None:
     """Make the output of the input embedding require a gradient, so that reentrant checkpoints have something to pass on."""
     if hasattr(model, "enable_input_require_grads"):
         try:
