@@ -86,7 +86,7 @@ def strip(name: str) -> str:
 
 
 def bank_entries(model: nn.Module, adapter: str, saved: bool = True) -> dict[str, tuple[str, Tensor]]:
-    """Shared tensors of an adapter, by their names in files (without prefix): the name in the state dict, and the tensor.
+    """Shared tensors of an adapter, by names in files (without prefix): the name in the state dict, and the tensor.
 
     Args:
         model: The adapted model.

@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 
 
 def require_input_gradients(model: Any) -> None:
