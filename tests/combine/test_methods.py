@@ -24,7 +24,8 @@ CONVERTIBLE = [
 
 def config(name, **options):
     method = METHODS[name]
-    return getattr(peft, method.config)(target_modules=["lin0", "lin1"], **{**method.options, **options})
+    known = {"feedforward_modules": []} if name == "IA3" else {}  # no default for an architecture without a name
+    return getattr(peft, method.config)(target_modules=["lin0", "lin1"], **{**known, **method.options, **options})
 
 
 def model_of(name, *adapters, **options):
