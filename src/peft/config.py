@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
-from peft import registry
+from peft import registry, typecheck
 from peft.checkpoint import files
 from peft.errors import ConfigError, PeftWarning, nearest
 from peft.version import __version__
@@ -180,10 +180,12 @@ class PeftConfigMixin:
         Keys that the class does not know are left out: quietly when they are unset, with a `PeftWarning` otherwise.
         """
         peft_type = kwargs.get("peft_type")
+        if not isinstance(peft_type, (str, type(None))):
+            raise ConfigError(f"peft_type is {peft_type!r}; it must be the name of a method.")
         target = registry.config_class(str(getattr(peft_type, "value", peft_type))) if peft_type else cls
         if issubclass(cls, target) or not issubclass(target, cls):
             target = cls if cls not in (PeftConfig, PeftConfigMixin) else target
-        return target(**target.check_kwargs(**kwargs))
+        return target(**typecheck.fitted(target, target.check_kwargs(**kwargs)))
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -359,7 +361,7 @@ def nested(value: Any, cls: type, name: str) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(value) - known):
         raise ConfigError(f"{name} has no field {unknown[0]!r}.{nearest(unknown[0], known)} Fields: {sorted(known)}.")
-    return cls(**value)
+    return cls(**typecheck.fitted(cls, value))
 
 
 def choice(config: Any, name: str, allowed: tuple) -> None:

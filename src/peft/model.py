@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from peft.checkpoint.report import LoadReport
 from peft.config import CONFIG_NAME, PeftConfig, PeftType, TaskType
 from peft.errors import AdapterNameError, BaseMismatchError, PeftWarning, StateError, nearest
 from peft.tuner import tuner_class
+
+_log = logging.getLogger(__name__)
 
 WEIGHTS_NAME = files.BIN_NAME
 SAFETENSORS_WEIGHTS_NAME = files.SAFETENSORS_NAME
@@ -507,7 +510,7 @@ class PeftModel(nn.Module):
             save_directory: Made if missing.
             safe_serialization: False writes the older `adapter_model.bin`.
             selected_adapters: Which; None: all.
-            save_embedding_layers: True: the base model's embeddings too; `"auto"`: if they were trained.
+            save_embedding_layers: True: the base model's embeddings too; `"auto"`: if they were trained or resized.
             is_main_process: In distributed training, only the main process writes.
             path_initial_model_for_weight_conversion: For initialisations that change the base weights.
             **kwargs: `state_dict`: tensors to save from, in place of the model's; `push_to_hub=True` uploads.
@@ -561,6 +564,7 @@ class PeftModel(nn.Module):
         payload = tensors.encode(values, metadata, pickled=not safe, allow_empty=empty)
         weights = files.SAFETENSORS_NAME if safe else files.BIN_NAME
         target = folder if name == "default" else folder / name
+        _log.info("Saving adapter %r: %d tensors, %s bytes, to %s", name, len(values), f"{payload.nbytes:,}", target)
         files.save(target, {CONFIG_NAME: self._file_config(config).to_json_string(), weights: payload})
 
     def _file_config(self, config: PeftConfig) -> PeftConfig:

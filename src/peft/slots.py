@@ -70,6 +70,9 @@ class BufferDict(nn.Module):
         return self._buffers.keys()
 
 
+_LARGEST = 1 << 40
+"""More elements than any adapter's tensor has: a mistake in a config."""
+
 Shape = str | Callable[["Sizes"], Any]
 
 
@@ -163,6 +166,8 @@ def create(slot: Slot, host: Host, sizes: Sizes, device: torch.device, dtype: to
     if slot.kind == "leaves":
         return nn.ModuleList(Leaf(torch.empty(s, device=device, dtype=dtype)) for s in slot.shape(sizes))  # type: ignore[operator]
     shape = sizes.shape(slot.shape)
+    if math.prod(shape) > _LARGEST:
+        raise ConfigError(f"{slot.name} would have {math.prod(shape):,} elements (shape {tuple(shape)})")
     if slot.kind in ("down", "up"):
         leaf = host.leaf(slot.kind, shape, device, dtype)
         if leaf is not None:

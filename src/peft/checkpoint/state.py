@@ -17,7 +17,7 @@ from peft.auxiliary import AuxiliaryTrainingWrapper
 from peft.checkpoint import files, fingerprint, keys, renames, tensors
 from peft.checkpoint.report import LoadReport
 from peft.config import PeftConfig
-from peft.errors import AdapterNameError, LoadError, PeftWarning, StateError, nearest
+from peft.errors import AdapterNameError, CorruptFileError, LoadError, PeftWarning, StateError, nearest
 from peft.layer import AdaptedLayer
 from peft.method import method_of
 
@@ -48,7 +48,8 @@ def get_peft_model_state_dict(
         state_dict: Take tensors from here (a gathered state dict, say) and not from the model.
         adapter_name: Which adapter.
         unwrap_compiled: Look into a compiled model.
-        save_embedding_layers: True adds the base model's embeddings; `"auto"` only those that are trained.
+        save_embedding_layers: True adds the base model's embeddings; `"auto"` only those that are trained, or that were
+            resized: the vocabulary is not that of the base model's folder, if it lies on this machine.
 
     Returns:
         Tensors that share memory with the model's.
@@ -75,6 +76,8 @@ def get_peft_model_state_dict(
         result[_bank_name(model, disk)] = source.get(memory, tensor.detach())
     for name, _ in inject.bias_parameters(model, config.bias, adapter_name):
         result[keys.strip(name)] = source[keys.strip(name)]
+    if save_embedding_layers == "auto" and _resized(model, config):
+        save_embedding_layers = True
     for name in _embedding_names(model, save_embedding_layers, source):
         result.setdefault(name, source[name])
     return result
@@ -92,6 +95,21 @@ def _tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 def _bank_name(model: nn.Module, name: str) -> str:
     return f"base_model.{name}" if hasattr(model, "base_model") and hasattr(model, "peft_type") else name
+
+
+def _resized(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether the vocabulary is not that of the base model's own folder. No network: a repository is not asked."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = config.base_model_name_or_path or getattr(getattr(base, "config", None), "_name_or_path", None)
+    place = os.path.join(os.path.expanduser(name), "config.json") if isinstance(name, str) and name else ""
+    embedding = inject.input_embedding_name(base)
+    if not os.path.isfile(place) or embedding is None:
+        return False
+    saved = files.read_config(place)
+    nested = saved.get("text_config")
+    size = saved.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+    now = inject._inner(dict(targets._adaptable(base))[embedding])._parameters.get("weight")
+    return isinstance(size, int) and now is not None and now.shape[0] != size
 
 
 def _embedding_names(model: nn.Module, wanted: bool | str, known: Mapping[str, Tensor]) -> list[str]:
@@ -196,6 +214,27 @@ def load_tensors(
                 parts.method.loaded(parts, layer.frozen)
     _fill_missing(model, config, adapter_name, [n for n in (*report.missing_keys, *wrong) if n in real], real, placed)
     return report
+
+
+_NO_SIZE = re.compile("seed|key|step|init|final|delta|alpha|every|interval|lambda|layers")
+
+
+def check_sizes(config: PeftConfig, model: nn.Module, given: Mapping[str, Tensor], source: str = "") -> None:
+    """Raise for sizes in a file's config that neither its tensors nor the base model bear out, before memory is taken.
+
+    Raises:
+        CorruptFileError: says which field.
+    """
+    sides = max((side for p in model.parameters() for side in p.shape), default=0)
+    most = max(1 << 16, sides, sum(t.numel() for t in given.values()))
+    for name, value in vars(config).items():
+        numbers = value.values() if name.endswith("_pattern") and isinstance(value, Mapping) else (value,)
+        for number in numbers:
+            if isinstance(number, int) and number > most and not _NO_SIZE.search(name):
+                raise CorruptFileError(
+                    f"The config of {source!r} says {name} = {number:,}; the longest side in the base model is {sides:,}, "
+                    f"and the file holds {sum(t.numel() for t in given.values()):,} numbers. They can't belong together."
+                )
 
 
 def _renamed(
