@@ -339,3 +339,19 @@ def test_stacks_of_experts_know_their_samples():
     for index, name in (([0, 2], "two"), ([1], "one")):
         with model.use(name):
             torch.testing.assert_close(y[index], model(ids[index]).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_reach_an_adapted_layer_inside_another():
+    """Tokens of one adapter wrap an output layer that another one adapts."""
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, pad_token_id=0,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["lm_head"]), "head").eval()
+    train(model)
+    model.add_adapter("tokens", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 3]))
+    ids = torch.arange(1, 7).view(2, 3)
+    mixed = model(ids, adapter_names=["head", "__base__"]).logits
+    with model.use("head"):
+        torch.testing.assert_close(mixed[:1], model(ids[:1]).logits)

@@ -765,7 +765,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def _batched_rows(self, rows: tuple[str, ...], x: Tensor) -> Tensor | None:
         """`_forward_rows` in two batched products, if every sample's update is a low-rank sum; else None."""
         host = self.host
-        if not host.on_input or x.dim() < 2:
+        if not host.on_input or x.dim() < 2 or isinstance(self.base_layer, AdaptedLayer):
             return None
         names = [self._stack(routing.use(None if n == routing.BASE else n)) for n in dict.fromkeys(rows)]
         if any(len(stack) > 1 for stack in names) or not autograd.can_fuse(
