@@ -220,6 +220,7 @@ def inject(
     if method.copies is None:
         _follow_ties(config, method, plan, tied)
     undo = Undo()
+    disabled = any(module._disable_adapters for module in (*layers(model), *wrappers(model)))
     frozen = base_parameters(model)
     try:
         for parameter in frozen:
@@ -245,6 +246,8 @@ def inject(
     except BaseException:
         undo.back()
         raise
+    if disabled:
+        enable_adapters(model, False)
     if not config.inference_mode:
         for _, parameter in bias_parameters(model, config.bias, adapter_name):
             parameter.requires_grad_(True)
