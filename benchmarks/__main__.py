@@ -42,18 +42,26 @@ def main() -> None:
         if case.group != group:
             for side in sides.values():
                 side.close()
+            write(args, results)
             group, sides = case.group, open_sides(args.clock, args.threads)
         results.append(measure(case, args.rounds, args.clock, args.threads, sides))
         print(report.line(results[-1]), flush=True)
     for side in sides.values():
         side.close()
+    write(args, results)
+
+
+def write(args: argparse.Namespace, results: list[Result]) -> None:
+    """Write what is there so far."""
+    if not results:
+        return
     setting = {**report.machine(), "rounds": args.rounds, "threads": args.threads, "clock": args.clock}
     out = args.out or ROOT / "benchmarks" / "out"
     out.mkdir(parents=True, exist_ok=True)
     numbers = {"setting": setting, "results": [r.to_dict() for r in results]}
     (out / "benchmarks.json").write_text(json.dumps(numbers, indent=1) + "\n")
     report.write(out, setting, results)
-    print(f"written to {out}")
+    print(f"written to {out}", flush=True)
 
 
 def _means(pattern: str, group: str, key: str) -> bool:

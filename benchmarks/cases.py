@@ -43,6 +43,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeLoRA r16": ("DeloraConfig", {"r": 16}),
     "HiRA r16": ("HiraConfig", {"r": 16}),
 }
+WIDE = ("LoRA r16", "DoRA r16", "LoHa r8", "OFT b32")
+"""Methods that are measured in float32 as well."""
 DROPOUT = {"LoRA r16": "lora_dropout", "DoRA r16": "lora_dropout"}
 
 
@@ -346,7 +348,7 @@ def merge(side: str, method: str, back: bool) -> Job:
 def _layers() -> list[Case]:
     found = []
     for method in METHODS:
-        for dtype in DTYPES:
+        for dtype in DTYPES if method in WIDE else ["bf16"]:
             for dropout in (0.0, 0.1) if method in DROPOUT else (0.0,):
                 name = f"{method}, {dtype}" + (", dropout" if dropout else "")
                 make = partial(layer, method=method, dtype=dtype, dropout=dropout)
