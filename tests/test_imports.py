@@ -11,7 +11,8 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-# From the bottom up: a module may import from its own rank and from those above it in this list. The longest prefix of a
+# From the bottom up: a module may import from its own rank and from those above it in this list. The longest prefix of
+# a
 # module's name decides its rank.
 RANKS = [
     ["peft.errors", "peft.version"],
@@ -51,7 +52,12 @@ def rank(module: str) -> int:
     if module == "peft":  # the public names, whichever room they come from
         return rank("peft.mapping_func")
     best = max(
-        ((len(prefix), position) for position, row in enumerate(RANKS) for prefix in row if (module + ".").startswith(prefix + ".")),
+        (
+            (len(prefix), position)
+            for position, row in enumerate(RANKS)
+            for prefix in row
+            if (module + ".").startswith(prefix + ".")
+        ),
         default=None,
     )
     assert best is not None, f"{module} has no place in the list of rooms: add it where it belongs"

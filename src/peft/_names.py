@@ -15,7 +15,8 @@ _HOMES: dict[str, str] = {
     "peft.config": "PeftConfig PeftType PromptLearningConfig TaskType get_peft_config",
     "peft.model": "PeftModel",
     "peft.tasks": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction "
+        "PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
     ),
     "peft.mixed_model": "PeftMixedModel",

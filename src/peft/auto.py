@@ -24,8 +24,10 @@ def check_import_allowlist(allowlist: list[str], parent_name: str) -> None:
     """Raise unless a module named by a file belongs to a library on the list."""
     if parent_name.partition(".")[0] not in allowlist:
         raise ConfigError(
-            f"The adapter names a base model class in {parent_name!r}. A file may not choose what is imported: load the base "
-            f"model yourself and use PeftModel.from_pretrained, or pass import_allowlist={[parent_name.partition('.')[0]]}."
+            f"The adapter names a base model class in {parent_name!r}. A file may not choose what is imported: load "
+            f"the base "
+            f"model yourself and use PeftModel.from_pretrained, or pass "
+            f"import_allowlist={[parent_name.partition('.')[0]]}."
         )
 
 
@@ -72,7 +74,8 @@ class AutoPeftModel:
         base_name = adapter.base_model_name_or_path
         if not base_name:
             raise AdapterNotFoundError(
-                f"The adapter {os.fspath(pretrained_model_name_or_path)!r} does not say which base model it belongs to. Load the "
+                f"The adapter {os.fspath(pretrained_model_name_or_path)!r} does not say which base model it belongs "
+                f"to. Load the "
                 "base model yourself and use PeftModel.from_pretrained(base_model, adapter)."
             )
         base_options = {k: v for k, v in kwargs.items() if k != "subfolder"}
@@ -97,7 +100,8 @@ class AutoPeftModel:
             if cls._task and adapter.task_type and TaskType(adapter.task_type).value != cls._task:
                 raise ConfigError(
                     f"Expected target PEFT class: {model_class(adapter.task_type).__name__}, but you have asked for: "
-                    f"{model_class(cls._task).__name__}. Make sure that you are loading the correct model for your task type."
+                    f"{model_class(cls._task).__name__}. Make sure that you are loading the correct model for your "
+                    f"task type."
                 )
             return getattr(importlib.import_module("transformers"), cls._target)
         if adapter.task_type is not None:

@@ -457,7 +457,7 @@ def can_fuse(module: nn.Module, *leaves: Any) -> bool:
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    for t in tensors:  # a loop, since this runs for each layer of each token
+    for t in tensors:  # noqa: SIM110  (a loop, since this runs for each layer of each token)
         if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided):
             return False
     return True

@@ -150,7 +150,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         inside = next((m for m in self.original_module.modules() if isinstance(m, AdaptedLayer)), None)
         if inside is not None:
             raise TargetError(
-                f"A {type(self.original_module).__name__} can't be trained whole (modules_to_save) while layers inside it "
+                f"A {type(self.original_module).__name__} can't be trained whole (modules_to_save) while layers "
+                f"inside it "
                 f"are adapted by {inside.available_adapters}; delete those first, or adapt the layers here as well."
             )
         made = copy.deepcopy(self.original_module)
@@ -380,7 +381,8 @@ def check_name(adapter_name: str) -> None:
         )
     if hasattr(nn.ModuleDict(), adapter_name):
         raise AdapterNameError(
-            f"{adapter_name!r} can't name an adapter: adapters are entries of torch modules, which have an attribute of that "
+            f"{adapter_name!r} can't name an adapter: adapters are entries of torch modules, which have an "
+            f"attribute of that "
             f"name. Choose another, such as {adapter_name + '_adapter'!r}."
         )
 

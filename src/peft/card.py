@@ -45,7 +45,8 @@ def _fresh(configs: dict[str, Any], base_model: str | None) -> str:
     return (
         "---\nlibrary_name: peft\n---\n\n# Adapter\n\n"
         f"A {methods} adapter{about}. Load it on the base model:\n\n"
-        '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "path/to/this/folder")\n```\n'
+        "```python\nfrom peft import PeftModel\n\n"
+        'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")\n```\n'
     )
 
 

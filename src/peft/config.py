@@ -1,6 +1,7 @@
 """Configs: what a method is told, in memory and in `adapter_config.json`. Knows JSON, never torch.
 
-Every config is a dataclass. `PeftConfig` holds what all share, `TargetedConfig` how modules are chosen (for methods that
+Every config is a dataclass. `PeftConfig` holds what all share, `TargetedConfig` how modules are chosen (for methods
+that
 change layers), `PromptLearningConfig` the shape of a prompt. A method adds its own fields in its own file and is found
 by its `PeftType`.
 """
@@ -199,7 +200,8 @@ class PeftConfigMixin:
             version = kwargs.get("peft_version") or "an unknown version"
             hints = "".join(nearest(key, known) for key in meaningful[:1])
             warnings.warn(
-                f"{CONFIG_NAME} was written by peft {version} and sets {meaningful}, which {cls.__name__} does not know; "
+                f"{CONFIG_NAME} was written by peft {version} and sets {meaningful}, which {cls.__name__} does not "
+                f"know; "
                 f"they are ignored, and the adapter may behave differently.{hints}",
                 PeftWarning,
                 stacklevel=3,
@@ -257,7 +259,8 @@ class TargetedConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (a module matches if its name equals an entry or ends with '.' + entry), a regex (full match), "
+            "help": "Names (a module matches if its name equals an entry or ends with '.' + entry), a regex "
+            "(full match), "
             "'all-linear', or None for the default of the model's architecture."
         },
     )
@@ -289,7 +292,8 @@ class TargetedConfig(PeftConfig):
     allow_unmatched: bool = field(
         default=False,
         metadata={
-            "help": "Accept entries of the lists above (and of patterns) that match nothing, for one list that serves several "
+            "help": "Accept entries of the lists above (and of patterns) that match nothing, for one list that "
+            "serves several "
             "models. Never saved."
         },
     )

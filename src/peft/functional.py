@@ -14,7 +14,9 @@ from peft.mapping_func import inject_adapter_in_model as inject_adapter_in_model
 from peft.tuner import cast_adapter_dtype as cast_adapter_dtype
 
 
-def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: Any = None) -> None:
+def set_adapter(
+    model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: Any = None
+) -> None:
     """Make adapters active in a model's layers, and trainable unless `inference_mode`.
 
     Args:

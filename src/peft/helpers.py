@@ -38,7 +38,10 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
 
 def _take_signature(model: PeftModel, name: str) -> None:
     current = inspect.signature(getattr(model, name))
-    bare = {p.kind for p in current.parameters.values()} <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    bare = {p.kind for p in current.parameters.values()} <= {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }
     if not bare:
         return
     base = getattr(type(model.get_base_model()), name)
@@ -79,7 +82,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             layer.scale_layer(multiplier)
         yield
     finally:
-        for layer, scaling in zip(layers, before):
+        for layer, scaling in zip(layers, before, strict=True):
             layer.__dict__["scaling"].update(scaling)
 
 

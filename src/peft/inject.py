@@ -82,7 +82,8 @@ def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | No
         key, _, name = path.rpartition(".")
         if not key:
             raise TargetError(
-                f"target_parameters: {name!r} belongs to the model itself; only parameters of submodules can be adapted."
+                f"target_parameters: {name!r} belongs to the model itself; only parameters of submodules can be "
+                f"adapted."
             )
         found.append(Target(key, modules[key], name))
     whole = []
@@ -119,7 +120,7 @@ def _tokens(model: nn.Module, config: TargetedConfig, modules: Mapping[str, nn.M
         found = [key for key in modules if targets.Names([entry]).entry(key)]
         if not found:
             raise TargetError(f"trainable_token_indices: there is no module {entry!r}.{nearest(entry, modules)}")
-        result.update(dict.fromkeys(found, list(ids)))
+        result.update((key, list(ids)) for key in found)
     return result
 
 
@@ -278,7 +279,8 @@ def _follow_ties(config: TargetedConfig, method: WeightMethod, plan: Plan, tied:
             continue
         if not method.mergeable:
             raise TargetError(
-                f"{mine[0].key!r} shares its weight with {partners}, and {method.peft_type} has no weight that they could "
+                f"{mine[0].key!r} shares its weight with {partners}, and {method.peft_type} has no weight that they "
+                f"could "
                 "share. Set ensure_weight_tying=False to adapt it alone."
             )
         leader = next((t for t in mine if t.host.one_hot), mine[0]).key
@@ -525,7 +527,8 @@ def _keep_tied(config: TargetedConfig, what: str, key: str, partners: list[str])
         config.ensure_weight_tying = True
     if not config.ensure_weight_tying:
         warnings.warn(
-            f"{key!r} shares its weight with {partners}, but ensure_weight_tying is False: {what} changes {key!r} alone, and "
+            f"{key!r} shares its weight with {partners}, but ensure_weight_tying is False: {what} changes {key!r} "
+            f"alone, and "
             "after merging the two are no longer tied.",
             PeftWarning,
             stacklevel=4,

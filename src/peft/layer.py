@@ -2,7 +2,8 @@
 
 What is in effect is a stack of adapters in the order of `active_adapters`. The stack is folded over the base layer, on
 the way (`forward`) or on the parameters (`merge`), by the same updates, so the two can't disagree. Merging swaps
-the base layer's parameters for new ones and keeps the old, so unmerging is exact in every dtype and a merged part of the
+the base layer's parameters for new ones and keeps the old, so unmerging is exact in every dtype and a merged part of
+the
 stack never changes what the whole computes.
 """
 
@@ -256,7 +257,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         route, dtype = routing.current(), self.host.dtype
         if route is not None and route.rows is not None:
             raise UnsupportedError(
-                "adapter_names mixes adapters, but torch's attention reads the weight of its out_proj once for the whole "
+                "adapter_names mixes adapters, but torch's attention reads the weight of its out_proj once for the "
+                "whole "
                 "batch. Adapt the attention module itself, or run one adapter at a time (model.use(name))."
             )
         weight, bias = self.effective()
@@ -353,7 +355,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             held = self._modules.get(stored)
             if held is not None and type(held) is not type(container(value, slot.is_saved(config))):
                 raise TargetError(
-                    f"{method.peft_type} on {site.key!r}: {' and '.join(self.methods)} keeps its own kind of {stored!r} "
+                    f"{method.peft_type} on {site.key!r}: {' and '.join(self.methods)} keeps its own kind of "
+                    f"{stored!r} "
                     "there, so the two can't share a layer. Give them different target_modules."
                 )
         self._forget(name)
@@ -370,7 +373,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             rate = float(getattr(config, method.dropout, 0.0))
             if rate and not host.factored:
                 warnings.warn(
-                    f"{method.dropout} = {rate} has no effect on {site.key!r}: {type(host.module).__name__} reads its weight by "
+                    f"{method.dropout} = {rate} has no effect on {site.key!r}: {type(host.module).__name__} reads "
+                    f"its weight by "
                     "itself, so there is no input of the adapter to drop out.",
                     PeftWarning,
                     stacklevel=2,
@@ -740,8 +744,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         size = x.shape[dim]
         if self._dispatched:
             raise UnsupportedError(
-                f"adapter_names mixes {sorted(set(rows))}, but this layer is one expert of many: it sees the tokens that "
-                "were sent to it and can't know whose samples they are. Run one adapter at a time (model.use(name)), or "
+                f"adapter_names mixes {sorted(set(rows))}, but this layer is one expert of many: it sees the tokens "
+                f"that "
+                "were sent to it and can't know whose samples they are. Run one adapter at a time "
+                "(model.use(name)), or "
                 "leave the experts out of target_modules."
             )
         if size % len(rows):
@@ -1013,7 +1019,8 @@ def adapt(module: nn.Module, method: WeightMethod, key: str, parameter_name: str
 
         raise TargetError(
             f"{key!r} is a {type(module).__name__}, which has no single weight to adapt. Layers that can be adapted: "
-            f"{', '.join(supported())}. Name one inside it, list it in modules_to_save to train it whole, or give one of its "
+            f"{', '.join(supported())}. Name one inside it, list it in modules_to_save to train it whole, or give "
+            f"one of its "
             "parameters in target_parameters."
         )
     return layer_class((method.peft_type,), host)(module, parameter_name=parameter_name)

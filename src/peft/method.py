@@ -53,7 +53,8 @@ class WeightMethod:
     """What names of its tensors begin with."""
     slots: ClassVar[tuple[Slot, ...]] = ()
     settings: ClassVar[tuple[str, ...]] = ()
-    """Per-adapter values that stand on the layer as plain dicts and are read at call time (`layer.scaling["default"]`)."""
+    """Per-adapter values that stand on the layer as plain dicts and are read at call time
+    (`layer.scaling["default"]`)."""
     dropout: ClassVar[str | None] = None
     """Config field, and dict on the layer, of the dropout on the adapter's input."""
     mergeable: ClassVar[bool] = True

@@ -222,7 +222,8 @@ class PeftModel(nn.Module):
         Example:
             >>> import torch
             >>> from peft import LoraConfig, get_peft_model
-            >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+            >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+            >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
             >>> with model.use("default"):
             ...     y = model(torch.ones(1, 4))
         """
@@ -246,7 +247,8 @@ class PeftModel(nn.Module):
         biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
         if biased:
             warnings.warn(
-                f"Adapter {biased[0]!r} trains biases of the base model itself; disable_adapter() leaves them as trained.",
+                f"Adapter {biased[0]!r} trains biases of the base model itself; disable_adapter() leaves them as "
+                f"trained.",
                 PeftWarning,
                 stacklevel=3,
             )
@@ -532,7 +534,8 @@ class PeftModel(nn.Module):
         for name in names:
             if path_initial_model_for_weight_conversion is not None:
                 raise StateError(
-                    f"path_initial_model_for_weight_conversion: adapter {name!r} did not change the base weights, so there is "
+                    f"path_initial_model_for_weight_conversion: adapter {name!r} did not change the base weights, "
+                    f"so there is "
                     "nothing to convert. Leave it out."
                 )
             self._save_one(name, folder, given, safe_serialization, save_embedding_layers, is_main_process)
@@ -687,7 +690,8 @@ class PeftModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load another adapter under a name, or reload the one of that name in place. Arguments as in `from_pretrained`.
+        """Load another adapter under a name, or reload the one of that name in place. Arguments as in
+        `from_pretrained`.
 
         Returns:
             A report with `missing_keys` and `unexpected_keys`, both empty unless `strict=False` was given.
@@ -756,7 +760,8 @@ class PeftModel(nn.Module):
             raise BaseMismatchError(
                 f"The adapter in {str(path)!r} was trained on another base model: {fingerprint.explain(found)} "
                 "Load the base model that its config names "
-                f"({self.peft_config[adapter_name].base_model_name_or_path!r}), or pass check_base=False to load it all the same."
+                f"({self.peft_config[adapter_name].base_model_name_or_path!r}), or pass check_base=False to load it "
+                f"all the same."
             )
 
 

@@ -46,7 +46,8 @@ class PlanReport:
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines = [
-            f"{len(self.modules) + len(self.parameters)} layers, {self.trainable:,} of {self.total:,} parameters ({share:.4f} %)"
+            f"{len(self.modules) + len(self.parameters)} layers, {self.trainable:,} of {self.total:,} parameters "
+            f"({share:.4f} %)"
         ]
         lines.append(f"{self.bytes / 1e6:,.2f} MB on disk")
         by_entry: dict[str, list[str]] = {}

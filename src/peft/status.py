@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from peft import inject
 from peft.auxiliary import AuxiliaryTrainingWrapper
 from peft.errors import StateError
 from peft.layer import AdaptedLayer
@@ -46,7 +45,7 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None | Irregular
+    quantization_backend: str | Irregular | None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

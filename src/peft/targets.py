@@ -341,7 +341,8 @@ def demand(config: TargetedConfig, model: nn.Module, matches: Matches) -> None:
     if matches.excluded:
         raise NoMatchingPeftModuleError(
             "No modules were targeted for adaptation: every match of target_modules is excluded by exclude_modules "
-            f"{config.exclude_modules!r} ({', '.join(matches.excluded[:3])}{', …' if len(matches.excluded) > 3 else ''})."
+            f"{config.exclude_modules!r} ({', '.join(matches.excluded[:3])}"
+            f"{', …' if len(matches.excluded) > 3 else ''})."
         )
     wanted = config.target_modules or config.target_parameters
     shown = wanted if isinstance(wanted, str) else sorted(wanted or ())
@@ -350,7 +351,8 @@ def demand(config: TargetedConfig, model: nn.Module, matches: Matches) -> None:
     )
     layers = f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
     raise NoMatchingPeftModuleError(
-        f"Target modules {shown} not found in the base model{layers}. Please check the target modules and try again.{hint} "
+        f"Target modules {shown} not found in the base model{layers}. Please check the target modules and try "
+        f"again.{hint} "
         f"Modules here: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
     )
 

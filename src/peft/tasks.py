@@ -14,7 +14,8 @@ _SEQ2SEQ = (
     "output_attentions output_hidden_states return_dict task_ids"
 )
 _QUESTION = (
-    "input_ids attention_mask token_type_ids position_ids inputs_embeds start_positions end_positions output_attentions "
+    "input_ids attention_mask token_type_ids position_ids inputs_embeds start_positions end_positions "
+    "output_attentions "
     "output_hidden_states return_dict task_ids"
 )
 _FEATURES = "input_ids attention_mask inputs_embeds output_attentions output_hidden_states return_dict task_ids"
@@ -27,7 +28,7 @@ def _named_forward(names: str) -> Any:
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(order):
             raise TypeError(f"forward takes at most {len(order)} positional arguments: {', '.join(order)}.")
-        kwargs.update(zip(order, args))
+        kwargs.update(zip(order, args, strict=False))
         return PeftModel.forward(self, **{k: v for k, v in kwargs.items() if v is not None or k not in order})
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -43,7 +43,8 @@ class Base(Protocol):
         ...
 
     def remember(self, tensors: tuple[Tensor, ...], scale: float, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` makes of W, these tensors and a number, kept between calls in inference until one of them changes.
+        """What `make` makes of W, these tensors and a number, kept between calls in inference until one of them
+        changes.
 
         A change through `.data` is not seen before the layer's next `train()` or `eval()`; in training nothing is kept.
         """
@@ -54,7 +55,8 @@ class Base(Protocol):
         ...
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
-        """The output that a layer with weight `op` and no bias gives (a convolution slides it, an embedding looks it up)."""
+        """The output that a layer with weight `op` and no bias gives (a convolution slides it, an embedding looks
+        it up)."""
         ...
 
     def act(self, weight: Tensor, x: Tensor) -> Tensor:
@@ -106,7 +108,8 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Mirrored(Update):
-    """The change that `inner` makes to the weight of `other`, for a layer tied to it: W -> inner(Wᵀ)ᵀ. No bias moves."""
+    """The change that `inner` makes to the weight of `other`, for a layer tied to it: W -> inner(Wᵀ)ᵀ. No bias
+    moves."""
 
     inner: Update
     other: Base

@@ -78,9 +78,10 @@ def test_topk_files_keep_the_output_and_refuse_training(tmp_path):
     torch.manual_seed(0)
     loaded = peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8)), tmp_path).eval()
     torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-6)
+    loaded.set_requires_grad("default")
+    loaded.train()
     with pytest.raises(RuntimeError, match="save_only_topk_weights"):
-        loaded.set_requires_grad("default")
-        loaded.train()(x)
+        loaded(x)
 
 
 def test_vectors_tied_over_all_layers_train_together():

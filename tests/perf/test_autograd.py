@@ -229,7 +229,8 @@ def test_keeps_the_input_and_nothing_else(name, dropout):
         config.lora_dropout = dropout
     model = adapted(config, torch.bfloat16, inner=16, out=16).train()
     x = torch.randn(999, 16, dtype=torch.bfloat16, requires_grad=True)
-    # what methods derive from their parameters before the node may be kept; nothing else of the size of tokens or weights
+    # what methods derive from their parameters before the node may be kept; nothing else of the size of tokens or
+    # weights
     adapter = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     assert kept(lambda: model(x), model) <= x.untyped_storage().nbytes() + adapter
 

@@ -186,8 +186,8 @@ def load_tensors(
     placed.update(_take_banks(model, adapter_name, rest, given))
     rest = [name for name in rest if not _repeats(name, given)]
     _check_mirrored(keys.mirrored(model, adapter_name, given), rest, given, source)
-    extra = {name: p for name, p in inject.bias_parameters(model, config.bias, adapter_name)}  # type: ignore[attr-defined]
-    extra = {keys.strip(name): p for name, p in extra.items()}
+    biases = inject.bias_parameters(model, config.bias, adapter_name)  # type: ignore[attr-defined]
+    extra = {keys.strip(name): p for name, p in biases}
     current = {**_tensors(model, adapter_name), **{k: v.detach() for k, v in extra.items()}}
     for name in [n for n in rest if n in extra or _is_embedding(n, current)]:
         placed[name] = given[name]
@@ -232,8 +232,10 @@ def check_sizes(config: PeftConfig, model: nn.Module, given: Mapping[str, Tensor
         for number in numbers:
             if isinstance(number, int) and number > most and not _NO_SIZE.search(name):
                 raise CorruptFileError(
-                    f"The config of {source!r} says {name} = {number:,}; the longest side in the base model is {sides:,}, "
-                    f"and the file holds {sum(t.numel() for t in given.values()):,} numbers. They can't belong together."
+                    f"The config of {source!r} says {name} = {number:,}; the longest side in the base model is "
+                    f"{sides:,}, "
+                    f"and the file holds {sum(t.numel() for t in given.values()):,} numbers. They can't belong "
+                    f"together."
                 )
 
 
@@ -291,9 +293,7 @@ def _is_embedding(name: str, current: Mapping[str, Tensor]) -> bool:
     return name in current and (plain in _EMBEDDINGS or "embed" in plain)
 
 
-def _check_mirrored(
-    mirrored: Mapping[str, Tensor], rest: list[str], given: Mapping[str, Tensor], source: str
-) -> None:
+def _check_mirrored(mirrored: Mapping[str, Tensor], rest: list[str], given: Mapping[str, Tensor], source: str) -> None:
     """Take what a file says again of tied layers out of `rest`, if it says the same."""
     for name, tensor in mirrored.items():
         if name not in rest:
@@ -301,13 +301,15 @@ def _check_mirrored(
         if not torch.equal(tensor, given[name]):
             raise LoadError(
                 f"The adapter{f' in {source!r}' if source else ''} says that tied weights stay tied, but {name!r} is "
-                "not the transpose of its partner: they were trained apart. Set ensure_weight_tying=false in its config."
+                "not the transpose of its partner: they were trained apart. Set ensure_weight_tying=false in its "
+                "config."
             )
         rest.remove(name)
 
 
 def _repeats(name: str, given: Mapping[str, Tensor]) -> bool:
-    """Whether a file holds a tensor of `modules_to_save` under a second name: HF PEFT writes biases so, with bias="all"."""
+    """Whether a file holds a tensor of `modules_to_save` under a second name: HF PEFT writes biases so, with
+    bias="all"."""
     plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
     return plain != name and plain in given
 
@@ -401,9 +403,7 @@ def base_sketch(model: nn.Module, adapter: str, only: list[str] | None = None) -
     return fingerprint.sketch(found, {}, only=only) if found else None
 
 
-def sketch_here(
-    model: nn.Module, adapter: str, saved: Mapping[str, Any], current: dict[str, Any]
-) -> Mapping[str, Any]:
+def sketch_here(model: nn.Module, adapter: str, saved: Mapping[str, Any], current: dict[str, Any]) -> Mapping[str, Any]:
     """A fingerprint by the names of this model; what it knows beyond `current` is added there."""
     lost = {name: tuple(entry[0]) for name, entry in saved["tensors"].items() if name not in current["tensors"]}
     every = (base_sketch(model, adapter) if lost else None) or current

@@ -1,4 +1,5 @@
-"""`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: a linear map of patches. W is (out channels, in channels per group · kernel)."""
+"""`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: a linear map of patches. W is (out channels, in channels per group ·
+kernel)."""
 
 from __future__ import annotations
 

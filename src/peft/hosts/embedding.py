@@ -13,7 +13,8 @@ from peft.operators import Operator
 
 
 class EmbeddingHost(Host):
-    """Looks up columns of W. Subclasses that scale their output (Gemma's, BART's) have `embed_scale` applied here too."""
+    """Looks up columns of W. Subclasses that scale their output (Gemma's, BART's) have `embed_scale` applied here
+    too."""
 
     name = "Embedding"
     types = ("torch.nn.modules.sparse.Embedding",)

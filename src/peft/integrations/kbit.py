@@ -9,7 +9,8 @@ import torch
 
 
 def require_input_gradients(model: Any) -> None:
-    """Make the output of the input embedding require a gradient, so that reentrant checkpoints have something to pass on."""
+    """Make the output of the input embedding require a gradient, so that reentrant checkpoints have something to
+    pass on."""
     if hasattr(model, "enable_input_require_grads"):
         try:
             model.enable_input_require_grads()
@@ -26,7 +27,8 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict | None = None,
     auto_clear_cache: bool = True,
 ) -> Any:
-    """Freeze a quantised model, raise its small half precision tensors (norms, biases) to float32, set up checkpointing.
+    """Freeze a quantised model, raise its small half precision tensors (norms, biases) to float32, set up
+    checkpointing.
 
     Large half precision matrices stay as they are unless they belong to a quantised model's own unquantised layers, in
     which case they are raised as well (embeddings and head, 4 bytes per element).

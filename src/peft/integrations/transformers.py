@@ -9,7 +9,9 @@ from peft import registry
 from peft.method import WeightMethod
 
 
-def build_peft_weight_mapping(weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None) -> list[Any]:
+def build_peft_weight_mapping(
+    weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None
+) -> list[Any]:
     """Renamings for transformers' loader: the prefix goes, the adapter's name is put in.
 
     Args:

@@ -110,7 +110,8 @@ class LoKr(Lycoris, peft_type="LOKR", config=LoKrConfig):
     def update(self, p: Parts, host: Host) -> Update:
         left = p.lokr_w1 if p.has("lokr_w1") else p.lokr_w1_a @ p.lokr_w1_b
         if p.has("lokr_w2") and p.lokr_w2.dim() == 3:
-            # Adapter files mean torch.kron here, which aligns the last dimensions: (l, p) with (q, taps), not with (k, q).
+            # Adapter files mean torch.kron here, which aligns the last dimensions: (l, p) with (q, taps), not with (k,
+            # q).
             product = torch.kron(left, p.lokr_w2) * p.scaling
             return Add(self.dropped(p, Dense(product.reshape(host.out_features, -1))))
         return Add(self.dropped(p, Kronecker(left, self.right(p), p.scaling)))

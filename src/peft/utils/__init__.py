@@ -14,7 +14,8 @@ _HOMES = {
     "peft.utils.constants": "TOKENIZER_CONFIG_NAME UPCAST_DTYPES INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "peft.utils.other": (
         "_freeze_adapter _get_batch_size _get_input_embeddings_name _get_submodules _is_valid_match _set_adapter "
-        "cast_mixed_precision_params get_quantization_config id_tensor_storage infer_device shift_tokens_right transpose"
+        "cast_mixed_precision_params get_quantization_config id_tensor_storage infer_device shift_tokens_right "
+        "transpose"
     ),
     "peft.prompts._tools": "bloom_model_postprocess_past_key_value",
 }

@@ -63,7 +63,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     missing = [n for n in names if n not in state_dict]
     unexpected = [n for n in state_dict if n not in names]
     if strict and (missing or unexpected):
-        raise LoadError(f"The checkpoint does not fit the base model: missing {missing[:5]}, unexpected {unexpected[:5]}.")
+        raise LoadError(
+            f"The checkpoint does not fit the base model: missing {missing[:5]}, unexpected {unexpected[:5]}."
+        )
     base.load_state_dict({names[n]: t for n, t in state_dict.items() if n in names}, strict=False)
     from torch.nn.modules.module import _IncompatibleKeys
 

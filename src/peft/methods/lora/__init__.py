@@ -26,7 +26,8 @@ def _magnitude_shape(sizes: Any) -> tuple[int, ...]:
 
 
 class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
-    """W + s B A. On a stack of experts, A holds their r rows one expert after another, and B their r columns interleaved."""
+    """W + s B A. On a stack of experts, A holds their r rows one expert after another, and B their r columns
+    interleaved."""
 
     slots = (
         Slot("lora_A", "r*experts wide", kind="down"),

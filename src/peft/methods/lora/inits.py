@@ -40,7 +40,8 @@ def fill(p: Parts, host: Host, init: bool | str) -> None:
         nn.init.zeros_(up) if init else nn.init.kaiming_uniform_(up, a=math.sqrt(5))
     else:
         raise UnsupportedError(
-            f"init_lora_weights={init!r} starts from data and is not available in this version. Choose True, 'gaussian' or "
+            f"init_lora_weights={init!r} starts from data and is not available in this version. Choose True, "
+            f"'gaussian' or "
             "'orthogonal'; adapters that were trained with it load."
         )
 
