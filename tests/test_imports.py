@@ -26,6 +26,7 @@ RANKS = [
     ["peft.config"],
     ["peft.slots"],
     ["peft.method"],
+    ["peft.parts"],
     ["peft.layer"],
     ["peft.auxiliary"],
     ["peft.targets"],

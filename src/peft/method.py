@@ -15,7 +15,7 @@ from peft.slots import Slot
 from peft.updates import Update
 
 if TYPE_CHECKING:
-    from peft.layer import Parts
+    from peft.parts import Parts
 
 
 @dataclass

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from peft import inject
 from peft.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-from peft.layer import AdaptedLayer, Parts
+from peft.layer import AdaptedLayer
 from peft.method import WeightMethod, method_of
+from peft.parts import Parts
 from peft.slots import Vector, container
 
 BASE_PREFIX = "base_model.model."

@@ -12,9 +12,9 @@ from peft import patterns
 from peft.config import TargetedConfig, positive
 from peft.errors import ConfigError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.operators import Diagonal, Operator, Product
+from peft.parts import Parts
 
 
 @dataclass

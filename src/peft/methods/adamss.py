@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError
 from peft.hosts import Host
-from peft.layer import AdaptedLayer, Parts
+from peft.layer import AdaptedLayer
 from peft.method import Site, WeightMethod
 from peft.operators import Bilinear
+from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Add, Update
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from peft.config import TargetedConfig
 from peft.errors import TargetError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Base, Run, Update
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError, TargetError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods._sizes import must_divide
 from peft.methods._turning import drop_blocks, turn, width
 from peft.operators import BlockDiagonal, Butterfly, Diagonal, Operator, cayley
+from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import After, Chain, Update
 

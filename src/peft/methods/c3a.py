@@ -11,10 +11,10 @@ from torch import nn
 from peft import patterns
 from peft.config import TargetedConfig, choice, positive
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods._sizes import must_divide
 from peft.operators import BlockCirculant
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.operators import LowRank
 from peft.operators.base import widened
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
 

@@ -12,10 +12,10 @@ from peft import patterns
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods._places import draw, must_fit
 from peft.operators import Fourier
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from peft.config import TargetedConfig
 from peft.errors import ConfigError, TargetError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.operators import Bilinear, Diagonal, Sparse, Sum
+from peft.parts import Parts
 from peft.slots import BufferDict, Slot
 from peft.updates import Add, Update
 

@@ -12,8 +12,8 @@ from peft import patterns
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
+from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Rewrite, Update
 

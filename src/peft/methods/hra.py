@@ -13,11 +13,11 @@ from torch import nn
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import PeftWarning, TargetError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods._turning import turn, width
 from peft.operators import Householder
 from peft.operators.base import widened
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Update
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site
 from peft.methods._lycoris import Lycoris, LycorisConfig
 from peft.operators import HadamardLowRank
+from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Add, Update
 

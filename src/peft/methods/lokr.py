@@ -11,11 +11,11 @@ from torch import nn
 
 from peft.config import choice
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site
 from peft.methods._lycoris import Lycoris, LycorisConfig
 from peft.methods._sizes import divisors
 from peft.operators import Dense, Kronecker, LowRank, Operator
+from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Add, Update
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from peft.config import TargetedConfig, choice
 from peft.errors import ConfigError, PeftWarning
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods._sizes import divisors, nearest_divisor
 from peft.methods._turning import drop_blocks, turn, width
 from peft.operators import BlockDiagonal, Cayley, Neumann
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Update
 

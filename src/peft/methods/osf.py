@@ -12,9 +12,9 @@ from peft import patterns
 from peft.config import TargetedConfig
 from peft.errors import ConfigError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.operators import LowRank, Sum
+from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Add, Update
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import UnsupportedError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods.vera import projections, start
 from peft.operators import Dense, DiagonalLowRank, Operator
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Base, Update
 

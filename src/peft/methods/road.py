@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from peft.config import TargetedConfig
 from peft.errors import ConfigError, nearest
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods._sizes import must_divide
 from peft.operators import Givens
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import After, Update
 

@@ -15,10 +15,10 @@ from peft.config import TargetedConfig, positive
 from peft.errors import PeftWarning, TargetError
 from peft.hosts import Host
 from peft.hosts.parameter import lend
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods._places import draw, must_fit
 from peft.operators import Scaled, Sparse
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
 

@@ -12,8 +12,8 @@ from peft import inject
 from peft.config import TargetedConfig
 from peft.errors import TargetError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Base, Run, Update
 

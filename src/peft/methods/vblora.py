@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError, StateError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.operators import LowRank
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from peft.config import TargetedConfig, choice, positive
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.operators import DiagonalLowRank
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
 

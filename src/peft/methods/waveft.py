@@ -14,11 +14,11 @@ from peft import patterns
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import PeftWarning
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods import _wavelets
 from peft.methods._places import draw, must_fit
 from peft.operators import Scaled, Sparse, Wavelet
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from peft.config import positive
 from peft.errors import ConfigError, PeftWarning
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods.adalora import training
 from peft.methods.adalora.allocator import RankAllocator, cut
 from peft.methods.lora.config import LoraConfig, variants
 from peft.operators import LowRank
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from peft import patterns
 from peft.errors import TargetError, UnsupportedError
 from peft.hosts import Host
-from peft.layer import Parts
 from peft.method import Site, WeightMethod
 from peft.methods.lora.config import LoraConfig, variants
 from peft.methods.lora.inits import CHANGES_BASE, fill
 from peft.methods.lora.ranks import resized
 from peft.operators import LowRank
+from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Magnitude, Update, row_norms
 

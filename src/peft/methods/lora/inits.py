@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peft.errors import TargetError, UnsupportedError
 from peft.hosts import Host
-from peft.layer import Parts
+from peft.parts import Parts
 
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Initialisations that move part of the base weight into the adapter."""

@@ -1,0 +1,142 @@
+"""What methods and updates see of a layer: one adapter's parts by attribute, and the frozen layer during a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.hosts import Host
+from peft.method import Site, WeightMethod, method_of
+from peft.operators import Operator
+from peft.slots import tensor_of
+
+if TYPE_CHECKING:
+    from peft.layer import AdaptedLayer
+
+
+class Parts:
+    """One adapter on one layer, as its method sees it: slots as tensors, settings, banks, by attribute."""
+
+    def __init__(self, layer: AdaptedLayer, adapter: str, site: Site | None = None, running: bool = False) -> None:
+        self.layer = layer
+        self.adapter = adapter
+        self.site = site
+        """Where the adapter is being put; only while it is (`derive` and `reset`)."""
+        self.running = running
+        """Whether the update is for a forward pass. Merging and conversion know no dropout and no noise."""
+
+    def __getattr__(self, name: str) -> Any:
+        layer, adapter = self.layer, self.adapter
+        values = layer.__dict__.get(name)
+        if values.__class__ is dict and adapter in values:
+            return values[adapter]
+        held: Any = layer._modules.get(layer._stored.get(name, name))
+        if held is not None and adapter in held:
+            return tensor_of(held[adapter])
+        bank: Any = layer._banks.get(name)
+        if bank is not None and adapter in bank:
+            return bank[adapter]
+        raise AttributeError(f"adapter {adapter!r} has no {name!r} here")
+
+    def has(self, name: str) -> bool:
+        """Whether the adapter has this slot, setting or bank."""
+        try:
+            getattr(self, name)
+        except AttributeError:
+            return False
+        return True
+
+    @property
+    def config(self) -> Any:
+        """The config of the adapter."""
+        return self.layer._adapters[self.adapter]
+
+    @property
+    def method(self) -> WeightMethod:
+        """The method of the adapter."""
+        return method_of(self.config)
+
+    @property
+    def training(self) -> bool:
+        """Whether this is a forward pass in training mode."""
+        return self.running and self.layer.training
+
+    @property
+    def dropout(self) -> nn.Module | None:
+        """The dropout to apply now: None in evaluation, when its rate is zero, and where inputs are indices."""
+        name = self.method.dropout if self.running and not self.layer.host_cls.one_hot else None
+        module = self.layer._modules[name][self.adapter] if name else None  # type: ignore[index]
+        if module is None or isinstance(module, nn.Identity) or not module.training:
+            return None
+        return module
+
+    def call(self, host: Host) -> Call:
+        """The frozen layer, as updates see it."""
+        return Call(self.layer, host, (), {})
+
+    def leaf(self, name: str) -> nn.Module | Tensor:
+        """The module (or parameter) that holds a slot."""
+        return self.layer._modules[self.layer._stored.get(name, name)][self.adapter]  # type: ignore[index]
+
+
+class Call:
+    """The frozen layer during one call, as updates see it (`updates.Base`)."""
+
+    def __init__(self, layer: AdaptedLayer, host: Host, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.layer, self.host, self.args, self.kwargs = layer, host, args, kwargs
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer._frozen(self.host)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer._frozen(self.host)[1]
+
+    @property
+    def square_row_norms(self) -> Tensor:
+        return self.layer._square_row_norms(self.host)
+
+    def run(self, x: Tensor) -> Tensor:
+        if self._seen is not None and self._seen[0] is x:
+            return self._seen[1]
+        if self.layer.merged_adapters:
+            y = self.host.act(self.weight, self.bias, x, *self.args, **self.kwargs)
+        else:
+            y = self.layer.base_layer(x, *self.args, **self.kwargs)
+        self._seen = (x, y)
+        return y
+
+    def remember(self, tensors: tuple[Tensor, ...], scale: Any, make: Callable[[], Tensor]) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tensors[0].device.type == "meta":
+            return make()
+        tensors = (*tensors, self.host.raw)
+        now = [(t._version, t.data_ptr()) for t in tensors]
+        norms: dict[int, Any] = self.layer._caches.setdefault("norms", {})
+        kept = norms.get(id(tensors[0]))
+        if kept is None or kept[1:3] != (now, scale) or any(a is not b for a, b in zip(kept[0], tensors, strict=True)):
+            kept = norms[id(tensors[0])] = (tensors, now, scale, make())
+        return kept[3]
+
+    def run_merged(self, x: Tensor) -> Tensor:
+        """The base layer as it stands, merged adapters included."""
+        return self.layer.base_layer(x, *self.args, **self.kwargs)
+
+    def lift(self, op: Operator, x: Tensor) -> Tensor:
+        return self.host.lift(op, x)
+
+    def act(self, weight: Tensor, x: Tensor) -> Tensor:
+        return self.host.act(weight, None, x)
+
+    def out(self, op: Operator, y: Tensor) -> Tensor:
+        return self.host.out(op, y)
+
+    def shift(self, y: Tensor, bias: Tensor | None, sign: int = 1) -> Tensor:
+        return self.host.shift(y, bias, sign)
+
+    def plus(self, weight: Tensor, delta: Tensor) -> Tensor:
+        return self.host.plus(weight, delta)
