@@ -17,11 +17,12 @@ from peft import (
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
-    inject,
     inject_adapter_in_model,
     routing,
     set_peft_model_state_dict,
+    whole,
 )
+from peft.auxiliary import ModulesToSaveWrapper
 from peft.errors import AdapterNameError, LoadError, StateError, TargetError, UnsupportedError
 from peft.functional import set_adapter
 
@@ -74,7 +75,7 @@ def test_adding_an_adapter_changes_nothing_for_those_that_train(frozen, inferenc
     before = trained(model)
     model.add_adapter("b", lora("q", "v", modules_to_save=["head"], inference_mode=inference_mode))
     assert trained(model) == before
-    assert all(layer.active_adapters == ["default"] for layer in inject.layers(model))
+    assert all(layer.active_adapters == ["default"] for layer in whole.layers(model))
 
 
 def test_loading_a_frozen_adapter_beside_leaves_the_active_one_training(tmp_path):
@@ -89,7 +90,7 @@ def test_an_adapter_that_fails_to_start_leaves_no_part_behind():
     model = get_peft_model(Net(), lora("q", "v"))
     with pytest.raises(TargetError):
         model.add_adapter("b", LoraConfig(r=3, target_modules=["q", "v"], init_lora_weights="orthogonal"))
-    assert inject.adapters_in(model) == list(model.peft_config) == ["default"]
+    assert whole.adapters_in(model) == list(model.peft_config) == ["default"]
     model.add_adapter("b", lora("q", "v"))
 
 
@@ -109,7 +110,7 @@ def test_all_linear_leaves_out_whatever_is_trained_whole():
     sizes = {"n_layers": 1, "dim": 8, "hidden_dim": 16, "n_heads": 2, "vocab_size": 20}
     model = DistilBertForSequenceClassification(DistilBertConfig(**sizes))
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
-    assert isinstance(model.base_model.pre_classifier, inject.ModulesToSaveWrapper)
+    assert isinstance(model.base_model.pre_classifier, ModulesToSaveWrapper)
 
 
 def test_rows_of_embeddings_train_in_the_base_dtype_if_asked():
@@ -146,7 +147,7 @@ def test_a_refused_merge_changes_nothing():
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(ValueError, match="NaN"):
             merge(safe_merge=True)
-        assert [layer.merged for layer in inject.layers(base)] == [False, False]
+        assert [layer.merged for layer in whole.layers(base)] == [False, False]
         with pytest.raises(AdapterNameError, match="defaul"):
             merge(adapter_names=["defaul"])
 
@@ -227,7 +228,7 @@ def test_shared_tensors_are_loaded_and_frozen_with_their_adapter():
     report = set_peft_model_state_dict(two, get_peft_model_state_dict(one, adapter_name="a"), "a")
     assert not report.unexpected_keys
     torch.testing.assert_close(one(X), two(X))
-    inject.set_requires_grad(two, "a", False)
+    whole.set_requires_grad(two, "a", False)
     assert not trained(two)
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, inject, registry
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, registry, whole
 from peft.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.errors import ConfigError, PeftError, PeftWarning, StateError, TargetError, UnsupportedError
 from peft.layer import AdaptedLayer, Call
@@ -230,7 +230,7 @@ class Adapters(RuleBasedStateMachine):
 
     def clash(self, chosen: list[str]) -> bool:
         """Whether two of them train one module whole, or rows of one embedding."""
-        wrappers = list(inject.wrappers(self.model))
+        wrappers = list(whole.wrappers(self.model))
         return any(len([n for n in chosen if n in w.names()]) > 1 for w in wrappers)
 
     @rule(enabled=st.booleans())
@@ -264,7 +264,7 @@ class Adapters(RuleBasedStateMachine):
     def delete(self, name):
         if name not in self.oracle.alone or len(self.oracle.alone) == 1:
             return
-        if name in self.oracle.merged and any(name in x.merged_adapters for x in inject.layers(self.model)):
+        if name in self.oracle.merged and any(name in x.merged_adapters for x in whole.layers(self.model)):
             with pytest.raises(StateError):
                 self.model.delete_adapter(name)
             return
@@ -383,7 +383,7 @@ def trained(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.names():
             found |= {f"{plain(path)}.{i}": p for i, p in enumerate(module.trained(name))}
-    for bank in inject.banks(model):
+    for bank in whole.banks(model):
         if name in bank:
             held = bank[name]
             parts = held.values() if isinstance(held, nn.ParameterDict) else [held]

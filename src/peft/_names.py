@@ -48,7 +48,7 @@ _HOMES: dict[str, str] = {
     ),
     "peft.combine.convert": "convert_to_lora save_as_lora",
     "peft.combine.files": "combine_files",
-    "peft.plan": "plan",
+    "peft.planning": "plan",
     "peft.training_state": "load_training_state save_training_state",
     "peft.verify": "verify_merge",
 }

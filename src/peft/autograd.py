@@ -385,54 +385,69 @@ def _together(updates: list[Update]) -> Update | None:
     return Add(LowRank(torch.cat(downs), torch.cat(ups, 1)), shift) if downs else None
 
 
-def mixed(
-    updates: Sequence[Update | None], index: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor | None:
-    """The output of a linear layer for samples with their own low-rank updates, in two batched products; else None.
+@dataclass(frozen=True)
+class Stack:
+    """Low-rank updates side by side, padded to one rank: `down` (n, r, in), `up` (n, r, out), `scale` (n,)."""
 
-    Ranks are padded to the largest. What it costs depends on the samples, hardly on the number of adapters.
+    down: Tensor
+    up: Tensor
+    scale: Tensor
+    rate: float
+    """Of the dropout that they share."""
+
+
+def stack(updates: Sequence[Update | None], x: Tensor, weight: Tensor) -> Stack | None:
+    """Low-rank updates (None: none at all) for `mixed`; None if they are not all such, or not plain tensors."""
+    there = [u for u in updates if u is not None]
+    dtype = _dtype(x, weight) if x.is_floating_point() else None
+    rates = set()
+    for u in there:
+        if not isinstance(u, Add) or not isinstance(u.op, LowRank) or u.op.groups != 1 or u.shift is not None:
+            return None
+        rates.add(0.0 if u.dropout is None else u.dropout.p if type(u.dropout) is nn.Dropout else None)
+    if dtype is None or len(rates) > 1 or None in rates:
+        return None
+    ops = [None if u is None else u.op for u in updates]  # type: ignore[union-attr]
+    factors = [(None, None) if op is None else (op.down, op.up.mT) for op in ops]  # type: ignore[union-attr]
+    if not _plain(x, weight, *(factor for pair in factors for factor in pair)):
+        return None
+    rank = max((down.shape[0] for down, _ in factors if down is not None), default=1)
+    scales = [torch.as_tensor(0.0 if op is None else op.scale, dtype=dtype, device=x.device) for op in ops]  # type: ignore[union-attr]
+    return Stack(
+        torch.stack([_tall(down, rank, weight.shape[1], weight, dtype) for down, _ in factors]),
+        torch.stack([_tall(up, rank, weight.shape[0], weight, dtype) for _, up in factors]),
+        torch.stack(scales),
+        rates.pop() if rates else 0.0,  # type: ignore[arg-type]
+    )
+
+
+def mixed(held: Stack, index: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The output of a linear layer for samples with their own low-rank updates, in two products for all of them.
+
+    Factors are gathered by sample, so the cost hardly depends on the number of adapters.
 
     Args:
-        updates: The distinct ones; None for samples without any.
+        held: The distinct updates.
         index: Which of them each sample has (batch,).
         x: Input (batch, …, in).
         weight: W (out, in).
         bias: b (out,), or None.
     """
-    there = [u for u in updates if u is not None]
-    if not there:
-        return _linear(x, weight, bias)
-    thin = all(isinstance(u, Add) and isinstance(u.op, LowRank) and u.op.groups == 1 and u.shift is None for u in there)
-    dtype = _dtype(x, weight) if thin and x.is_floating_point() else None
-    rates = {getattr(u.dropout, "p", None) if u.dropout is not None else 0.0 for u in there} if thin else set()  # type: ignore[union-attr]
-    if dtype is None or len(rates) != 1 or None in rates:
-        return None
-    ops = [u.op if u is not None else None for u in updates]  # type: ignore[union-attr]
-    if not _plain(x, weight, bias, *(t for op in ops if op is not None for t in (op.down, op.up))):
-        return None
-    rank = max(op.down.shape[0] for op in ops if op is not None)
-    down = torch.stack(
-        [weight.new_zeros(rank, x.shape[-1], dtype=dtype) if op is None else _tall(op.down, rank, dtype) for op in ops]
-    )
-    up = torch.stack(
-        [
-            weight.new_zeros(rank, weight.shape[0], dtype=dtype) if op is None else _tall(op.up.mT, rank, dtype)
-            for op in ops
-        ]
-    )
-    scales = [0.0 if op is None else op.scale for op in ops]
-    scale = torch.stack([torch.as_tensor(s, dtype=dtype, device=x.device) for s in scales])
-    flat, rate = x.to(dtype).reshape(x.shape[0], -1, x.shape[-1]), rates.pop()
+    flat = x.to(held.down.dtype).reshape(x.shape[0], -1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        hidden = torch.bmm(F.dropout(flat, rate) if rate else flat, down[index].mT) * scale[index][:, None, None]
-        y, up = _linear(flat, weight, bias), up[index]
+        down, up, scale = (t.index_select(0, index) for t in (held.down, held.up, held.scale))  # faster than indexing
+        hidden = torch.bmm(F.dropout(flat, held.rate) if held.rate else flat, down.mT) * scale[:, None, None]
+        y = _linear(flat, weight, bias)
         y = torch.baddbmm(y, hidden, up) if torch.is_grad_enabled() else y.baddbmm_(hidden, up)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _tall(factor: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    """A factor (r, n) with rows of zeros up to `rank`."""
-    return F.pad(factor, (0, 0, 0, rank - factor.shape[0])).to(dtype) if factor.shape[0] < rank else factor.to(dtype)
+def _tall(factor: Tensor | None, rank: int, size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor (r, size) with rows of zeros up to `rank`; all zeros for none."""
+    if factor is None:
+        return like.new_zeros(rank, size, dtype=dtype)
+    short = rank - factor.shape[0]
+    return F.pad(factor, (0, 0, 0, short)).to(dtype) if short else factor.to(dtype)
 
 
 def _dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from peft import inject
+from peft import whole
 from peft.checkpoint.state import get_peft_model_state_dict as get_peft_model_state_dict
 from peft.checkpoint.state import set_peft_model_state_dict as set_peft_model_state_dict
-from peft.inject import set_requires_grad as set_requires_grad
 from peft.mapping_func import inject_adapter_in_model as inject_adapter_in_model
 from peft.tuner import cast_adapter_dtype as cast_adapter_dtype
+from peft.whole import set_requires_grad as set_requires_grad
 
 
 def set_adapter(
@@ -25,7 +25,7 @@ def set_adapter(
         inference_mode: Leave them frozen.
         layer_cls: Not needed; there for callers that give it.
     """
-    inject.set_adapter(model, adapter_name, inference_mode)
+    whole.set_adapter(model, adapter_name, inference_mode)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
@@ -40,4 +40,4 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
     Returns:
         Names of the adapters that are active afterwards.
     """
-    return inject.delete_adapter(model, adapter_name) or None
+    return whole.delete_adapter(model, adapter_name) or None

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from peft import inject
+from peft import whole
 from peft.checkpoint import files
 from peft.errors import AdapterNotFoundError, ConfigError
 from peft.model import PeftModel
@@ -73,7 +73,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (int, float)) or isinstance(multiplier, bool):
         raise TypeError(f"Argument multiplier should be a number, got {type(multiplier).__name__}")
-    layers = [layer for layer in inject.layers(model) if layer.__dict__.get("scaling")]
+    layers = [layer for layer in whole.layers(model) if layer.__dict__.get("scaling")]
     if not layers:
         raise ValueError("scaling is only supported for models with adapters that have one, such as LoRA.")
     before = [deepcopy(layer.__dict__["scaling"]) for layer in layers]

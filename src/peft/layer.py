@@ -23,6 +23,7 @@ from peft.hosts import Host, host_class
 from peft.hosts.parameter import ParameterHost, lend
 from peft.method import Site, WeightMethod, method_of
 from peft.parts import Call, Parts
+from peft.rows import batched
 from peft.slots import Sizes, adapter_dtype, container, create
 from peft.updates import Update
 
@@ -356,7 +357,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if name in held:
                 del held[name]
         self._adapters.pop(name, None)
-        self._caches.pop("norms", None)
+        self._caches.pop("norms", None), self._caches.pop("rows", None)
         self._followers.pop(name, None)
         leader = self._leaders.pop(name, None)
         if leader is not None and self in leader._followers.get(name, ()):
@@ -423,7 +424,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> AdaptedLayer:
         """`nn.Module.train`, without a visit to the modules of each tensor of each adapter."""
         self.training = mode
-        self._caches.pop("norms", None)
+        self._caches.pop("norms", None), self._caches.pop("rows", None)
         self.base_layer.train(mode)
         for name, held in self._modules.items():
             if held is None or name == "base_layer":
@@ -627,8 +628,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 f"adapter_names has {len(rows)} entries, but the batch that reaches this layer has {size} rows. "
                 "Give one name per sample."
             )
-        if not args and not kwargs and (y := self._batched_rows(rows, x)) is not None:
-            return y
+        if not args and not kwargs and not isinstance(self.base_layer, AdaptedLayer):
+            y = batched(self, rows, x)
+            if y is not None:
+                return y
         each = [name for name in rows for _ in range(size // len(rows))]
         result: list[tuple[Tensor, Any]] = []
         for name in dict.fromkeys(each):
@@ -639,21 +642,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             with routing.route(chosen):  # for adapted layers inside the base layer
                 result.append((index, self._forward(self._stack(chosen), pick(x), tuple(map(pick, args)), picked)))
         return _join(result, dim, size)
-
-    def _batched_rows(self, rows: tuple[str, ...], x: Tensor) -> Tensor | None:
-        """`_forward_rows` in two batched products, if every sample's update is a low-rank sum; else None."""
-        host = self.host
-        if not host.on_input or x.dim() < 2 or isinstance(self.base_layer, AdaptedLayer):
-            return None
-        names = [self._stack(routing.use(None if n == routing.BASE else n)) for n in dict.fromkeys(rows)]
-        if any(len(stack) > 1 for stack in names) or not autograd.can_fuse(
-            host.module, *self._leaves(tuple(n for stack in names for n in stack))
-        ):
-            return None
-        updates = [self.updates(stack)[0] if stack else None for stack in names]
-        route = routing.current()
-        route = route if route is not None and route.rows == rows else routing.Route(rows=rows)
-        return autograd.mixed(updates, route.index(x.shape[0], x.device), x, *self._frozen(host))
 
     # merge
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft import card, inject, integrations, prompts, routing, status
+from peft import card, inject, integrations, prompts, routing, status, whole
 from peft.auxiliary import check_name
 from peft.checkpoint import files, fingerprint, hub, keys, renames, state, tensors
 from peft.checkpoint.report import LoadReport
@@ -134,7 +134,7 @@ class PeftModel(nn.Module):
             return any(name != routing.BASE for name in route.rows)
         if any(name in self._peft_config for name in self.active_adapters):
             return route is None or any(name in self._peft_config for name in route.names)
-        return any(layer._stack(route) for layer in inject.layers(self))
+        return any(layer._stack(route) for layer in whole.layers(self))
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -285,7 +285,7 @@ class PeftModel(nn.Module):
         routing.keep_routes(self)
         if not torch.is_grad_enabled():
             return
-        merged = next((layer for layer in inject.layers(self) if layer.merged), None)
+        merged = next((layer for layer in whole.layers(self) if layer.merged), None)
         if merged is not None and any(p.requires_grad for p in merged.parameters()):
             raise StateError(
                 f"The model is in training mode, but {merged.merged_adapters} are merged into the base weights, where "
@@ -358,7 +358,7 @@ class PeftModel(nn.Module):
                 parameter.requires_grad_(False)
         else:  # it waits to be chosen
             encoder.requires_grad_(False)
-            inject.stand_by(base, name, self.active_adapters)
+            whole.stand_by(base, name, self.active_adapters)
         if "prompt_encoder" not in self._modules:
             self.prompt_encoder = nn.ModuleDict()
         self.prompt_encoder[name] = encoder
@@ -374,7 +374,7 @@ class PeftModel(nn.Module):
         for parameter in trainable:
             parameter.requires_grad_(True)
         if self._peft_config:  # a prompt is active, and adding an adapter changes nothing
-            for module in (*inject.layers(base), *inject.wrappers(base)):
+            for module in (*whole.layers(base), *whole.wrappers(base)):
                 module.set_adapter([n for n in self.active_adapters if n in self._peft_config])
 
     def _train_heads(self, config: Any) -> None:
@@ -400,7 +400,7 @@ class PeftModel(nn.Module):
         if self._peft_config:
             for name, encoder in self.prompt_encoder.items():
                 encoder.requires_grad_(name in names and not inference_mode)
-            for wrapper in inject.wrappers(self.get_base_model()) if not in_layers else ():
+            for wrapper in whole.wrappers(self.get_base_model()) if not in_layers else ():
                 wrapper.set_adapter(names, inference_mode)
         self.active_adapter = names[0] if len(names) == 1 else names
 
@@ -413,7 +413,7 @@ class PeftModel(nn.Module):
         state.config_of(self, adapter_name)
         if adapter_name in self._peft_config:
             del self.prompt_encoder[adapter_name], self._peft_config[adapter_name]
-            for wrapper in inject.wrappers(self):
+            for wrapper in whole.wrappers(self):
                 wrapper.delete_adapter(adapter_name, [])
             if not len(self.prompt_encoder):
                 prompts.detach(self.get_base_model())
@@ -439,7 +439,7 @@ class PeftModel(nn.Module):
         if old in self._peft_config:
             self.prompt_encoder[new] = self.prompt_encoder.pop(old)
             self._peft_config = {new if name == old else name: c for name, c in self._peft_config.items()}
-            for wrapper in inject.wrappers(self):
+            for wrapper in whole.wrappers(self):
                 wrapper.rename_adapter(old, new)
         else:
             self.base_model.rename_adapter(old, new)
@@ -450,7 +450,7 @@ class PeftModel(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
-        inject.set_requires_grad(self, adapter_names, requires_grad)
+        whole.set_requires_grad(self, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `convert_to_lora` can approximate the adapter."""
@@ -643,7 +643,7 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(model_id, **options)
         config.inference_mode = not is_trainable
         target = cls if cls is not PeftModel else model_class(config.task_type)
-        bare, trained = not inject.adapters_in(model), [p for p in model.parameters() if p.requires_grad]
+        bare, trained = not whole.adapters_in(model), [p for p in model.parameters() if p.requires_grad]
         made = target._shell(model, config)
         try:
             made.load_adapter(
@@ -657,7 +657,7 @@ class PeftModel(nn.Module):
             )
         except BaseException:
             if bare:
-                inject.unload(model, merge=False)
+                whole.unload(model, merge=False)
                 model.__dict__.pop("peft_config", None)
             for parameter in trained:
                 parameter.requires_grad_(True)

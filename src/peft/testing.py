@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from peft import inject, registry
+from peft import registry, whole
 from peft.config import TargetedConfig
 from peft.errors import ConfigError, TargetError, UnsupportedError
 from peft.layer import AdaptedLayer
@@ -448,7 +448,7 @@ def dense(model: nn.Module) -> Iterator[None]:
         weight, bias = layer.effective()
         return layer.host.act(weight, bias, x, *args, **kwargs)
 
-    layers = list(inject.layers(model))
+    layers = list(whole.layers(model))
     for layer in layers:
         layer.__dict__["forward"] = run.__get__(layer)
     try:
@@ -475,7 +475,7 @@ def _names(t: Trial) -> None:
     model = t.adapted(names=("one", "default"))
     model.set_adapter("default")
     declared: set[int] = set()
-    for layer in inject.layers(model):
+    for layer in whole.layers(model):
         for slot, value in layer.slots("default"):
             parameters = list(value.parameters()) if isinstance(value, nn.Module) else [value]
             for parameter in parameters:
@@ -554,11 +554,11 @@ def _renaming(t: Trial) -> None:
     """A renamed adapter is the same one."""
     model, x = t.adapted(), t.input()
     y = model(x)
-    inject.rename_adapter(model, "default", "renamed")
+    whole.rename_adapter(model, "default", "renamed")
     same(model(x), y, "outputs before and after renaming")
     left = [name for name in model.state_dict() if "default" in name.split(".")]
     assert not left, f"{left} keep the old name"
-    inject.rename_adapter(model, "renamed", "default")
+    whole.rename_adapter(model, "renamed", "default")
     same_state(state_of(model), state_of(t.adapted()), "tensors after renaming there and back")
 
 

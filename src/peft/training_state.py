@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft import inject, registry
+from peft import registry, whole
 from peft.checkpoint import files, keys, tensors
 from peft.checkpoint.header import corrupt
 from peft.checkpoint.report import LoadReport
@@ -153,7 +153,7 @@ def _kept(model: nn.Module) -> dict[str, Tensor]:
     names = {entry.memory for adapter in adapters for entry in keys.entries(model, adapter)}
     names |= {name for name, p in parameters.items() if p.requires_grad}
     names |= {name for name in parameters if name.startswith("prompt_encoder.")}
-    owned = {id(t) for layer in inject.layers(model) for adapter in adapters for t in _adapter_tensors(layer, adapter)}
+    owned = {id(t) for layer in whole.layers(model) for adapter in adapters for t in _adapter_tensors(layer, adapter)}
     return {name: t for name, t in every.items() if name in names or id(t) in owned}
 
 

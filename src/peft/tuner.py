@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft import inject, registry, routing
+from peft import inject, registry, routing, whole
 from peft.auxiliary import AuxiliaryTrainingWrapper
 from peft.checkpoint import keys
 from peft.combine.models import add_weighted_adapter
@@ -111,7 +111,7 @@ class BaseTuner(nn.Module):
         if adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         else:
-            inject.stand_by(model, adapter_name, self.active_adapters)
+            whole.stand_by(model, adapter_name, self.active_adapters)
 
     def _create(self, model: nn.Module, config: Any, name: str, target: inject.Target, options: Any, undo: Any) -> None:
         parent, leaf = inject.parent_of(model, target.key)
@@ -135,23 +135,23 @@ class BaseTuner(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters active, in this order, and trainable unless `inference_mode`."""
-        inject.set_adapter(self.model, adapter_name, inference_mode)
+        whole.set_adapter(self.model, adapter_name, inference_mode)
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else list(adapter_name)
         if len(self.active_adapters) == 1:
             self.active_adapter = self.active_adapters[0]
-        inject.train_banks(self.model, [n for n in self.peft_config if n not in self.active_adapters], False)
-        inject.train_banks(self.model, self.active_adapters, not inference_mode)
+        whole.train_banks(self.model, [n for n in self.peft_config if n not in self.active_adapters], False)
+        whole.train_banks(self.model, self.active_adapters, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
-        inject.set_requires_grad(self.model, adapter_names, requires_grad)
+        whole.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, the first of the others becomes active."""
         if adapter_name not in self.peft_config:
             raise ConfigError(f"Adapter {adapter_name!r} does not exist. Adapters: {list(self.peft_config)}.")
         was_active = adapter_name in self.active_adapters
-        inject.delete_adapter(self.model, adapter_name)
+        whole.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
         left = [n for n in self.active_adapters if n != adapter_name] or list(self.peft_config)[:1]
         if was_active and left:
@@ -164,7 +164,7 @@ class BaseTuner(nn.Module):
         Raises:
             AdapterNameError: there is no such adapter, or already one of the new name.
         """
-        inject.rename_adapter(self.model, old, new)
+        whole.rename_adapter(self.model, old, new)
         configs = {new if name == old else name: config for name, config in self.peft_config.items()}
         self.peft_config.clear()
         self.peft_config.update(configs)
@@ -173,24 +173,24 @@ class BaseTuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Run with adapters."""
-        inject.enable_adapters(self.model, True)
+        whole.enable_adapters(self.model, True)
 
     def disable_adapter_layers(self) -> None:
         """Run as the base model."""
-        inject.enable_adapters(self.model, False)
+        whole.enable_adapters(self.model, False)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (None: the active ones) into the base weights. The output does not change.
 
         If a layer would refuse, nothing is merged.
         """
-        inject.check_merge(self.model, safe_merge, adapter_names)
-        for layer in reversed(list(inject.layers(self.model))):  # of two around one weight, the inner first
+        whole.check_merge(self.model, safe_merge, adapter_names)
+        for layer in reversed(list(whole.layers(self.model))):  # of two around one weight, the inner first
             layer.merge(safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit."""
-        for layer in inject.layers(self.model):
+        for layer in whole.layers(self.model):
             if layer.merged:
                 layer.unmerge()
 
@@ -211,7 +211,7 @@ class BaseTuner(nn.Module):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        model = inject.unload(self.model, merge, safe_merge, adapter_names, progressbar)
+        model = whole.unload(self.model, merge, safe_merge, adapter_names, progressbar)
         model.__dict__.pop("peft_config", None)
         return model
 
@@ -219,7 +219,7 @@ class BaseTuner(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer of the adapter is a weight that LoRA can approximate."""
-        mine = [layer for layer in inject.layers(self.model) if adapter_name in layer.available_adapters]
+        mine = [layer for layer in whole.layers(self.model) if adapter_name in layer.available_adapters]
         return bool(mine) and all(layer.supports_lora_conversion(adapter_name) for layer in mine)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -230,7 +230,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """Bring half precision weights of an adapter to float32, in which they train stably."""
     if not autocast_adapter_dtype:
         return
-    for layer in inject.layers(model):
+    for layer in whole.layers(model):
         if adapter_name not in layer.available_adapters:
             continue
         for _, value in layer.slots(adapter_name):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft import inject
+from peft import whole
 from peft.errors import StateError
 from peft.layer import AdaptedLayer
 from peft.model import PeftModel
@@ -90,7 +90,7 @@ def verify_merge(
         >>> verify_merge(model, torch.ones(1, 4)).merge_error < 1e-6
         True
     """
-    if any(layer.merged for layer in inject.layers(model)):
+    if any(layer.merged for layer in whole.layers(model)):
         raise StateError("An adapter is merged already; call unmerge_adapter() first.")
     training = model.training
     model.eval()
@@ -101,14 +101,14 @@ def verify_merge(
             adapted = _output(model, inputs)
         layers = [_check(name, layer, x) for name, layer, x in seen]
         before = {
-            id(p): p.detach().clone() for layer in inject.layers(model) for p in layer.get_base_layer().parameters()
+            id(p): p.detach().clone() for layer in whole.layers(model) for p in layer.get_base_layer().parameters()
         }
         model.merge_adapter()
         merged = _output(model, inputs)
         model.unmerge_adapter()
         restored = all(
             torch.equal(before[id(p)], p)
-            for layer in inject.layers(model)
+            for layer in whole.layers(model)
             for p in layer.get_base_layer().parameters()
             if id(p) in before
         )

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peft import inject, patterns
+from peft import patterns, whole
 from peft.checkpoint import keys, state
 from peft.config import PeftConfig
 from peft.errors import ConfigError, LoadError, PeftWarning, StateError, nearest
@@ -276,7 +276,7 @@ def _set_scaling(layer: AdaptedLayer, adapter: str, value: Any) -> None:
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer, str]]:
-    for path, layer in inject.walk(model):
+    for path, layer in whole.walk(model):
         if isinstance(layer, AdaptedLayer):
             for name, config in layer._adapters.items():
                 if _type(config) == "LORA":

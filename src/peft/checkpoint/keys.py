@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft import inject
+from peft import whole
 from peft.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.layer import AdaptedLayer
 from peft.method import WeightMethod, method_of
@@ -43,7 +43,7 @@ def entries(model: nn.Module, adapter: str, prefix: str = "") -> list[Entry]:
     """
     found: list[Entry] = []
     done: set[int] = set()
-    for path, module in inject.walk(model, prefix):
+    for path, module in whole.walk(model, prefix):
         dot = f"{path}." if path else ""
         if isinstance(module, AdaptedLayer) and id(module) not in done:
             found += _of_layer(module, adapter, dot)
@@ -95,8 +95,8 @@ def bank_entries(model: nn.Module, adapter: str, saved: bool = True) -> dict[str
         saved: Only those that files hold.
     """
     found: dict[str, tuple[str, Tensor]] = {}
-    paths = {id(module): path for path, module in inject.walk(model)}
-    for layer in inject.layers(model):
+    paths = {id(module): path for path, module in whole.walk(model)}
+    for layer in whole.layers(model):
         if adapter not in layer._adapters:
             continue
         config = layer._adapters[adapter]
@@ -155,7 +155,7 @@ def mirrored(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> d
         tensors: Those of the adapter, by names in files.
     """
     paths, followers = {}, []
-    for path, layer in inject.walk(model):
+    for path, layer in whole.walk(model):
         if isinstance(layer, AdaptedLayer):
             paths[id(layer)] = strip(path)
             if adapter in layer._leaders:
@@ -246,7 +246,7 @@ def share(module: nn.Module, adapter: str, replaced: list[tuple[Tensor, Tensor]]
 
 def owners(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules that hold tensors of the base model, of trained copies, and of this adapter; not those of others."""
-    for path, module in inject.walk(model):
+    for path, module in whole.walk(model):
         yield path, module
         if isinstance(module, AdaptedLayer) and adapter in module._adapters:
             dot = f"{path}." if path else ""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft import inject, targets
+from peft import inject, targets, whole
 from peft.auxiliary import AuxiliaryTrainingWrapper
 from peft.checkpoint import files, fingerprint, keys, renames, tensors
 from peft.checkpoint.report import LoadReport
@@ -116,7 +116,7 @@ def _embedding_names(model: nn.Module, wanted: bool | str, known: Mapping[str, T
     if wanted is False:
         return []
     candidates = []
-    for name, module in inject.walk(model):
+    for name, module in whole.walk(model):
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             continue
         plain = name.removesuffix(".base_layer").rpartition(".")[2]
@@ -174,7 +174,7 @@ def load_tensors(
     device: Any = None,
 ) -> LoadReport:
     """`set_peft_model_state_dict` for weight methods, checked before anything is written."""
-    if any(adapter_name in layer.merged_adapters for layer in inject.layers(model)):
+    if any(adapter_name in layer.merged_adapters for layer in whole.layers(model)):
         raise StateError(
             f"Adapter {adapter_name!r} is merged into the base weights, which would stay as they are. Call "
             "unmerge_adapter() before you load other tensors into it."
@@ -208,7 +208,7 @@ def load_tensors(
         _assign(model, name, tensor, current.get(name), real.get(name), device, replaced)
     keys.share(model, adapter_name, replaced)
     with torch.no_grad():
-        for layer in inject.layers(model):
+        for layer in whole.layers(model):
             if adapter_name in layer.available_adapters and adapter_name not in layer._leaders:
                 parts = layer.parts(adapter_name)
                 parts.method.loaded(parts, layer.frozen)
@@ -391,7 +391,7 @@ def describe(state: Mapping[str, Tensor]) -> int:
 def base_sketch(model: nn.Module, adapter: str, only: list[str] | None = None) -> dict[str, Any] | None:
     """The fingerprint of the base weights that an adapter changes; None if there are none."""
     found = {}
-    for path, module in inject.walk(model):
+    for path, module in whole.walk(model):
         if isinstance(module, AdaptedLayer) and adapter in module.available_adapters:
             original = module._originals.get("parameters", {}) if module.merged else {}
             name = module.host.parameter

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from peft import inject
+from peft import whole
 from peft.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
         ConfigError: there are none.
     """
     found = False
-    for layer in inject.layers(model):
+    for layer in whole.layers(model):
         for name in layer.active_adapters:
             if name not in layer.available_adapters:
                 continue

@@ -11,13 +11,13 @@ from torch import nn
 
 from peft import targets
 from peft.functional import delete_adapter as delete_adapter
-from peft.inject import set_adapter as set_adapter
-from peft.inject import set_requires_grad as set_requires_grad
 from peft.layer import BaseTunerLayer as BaseTunerLayer
 from peft.layer import check_adapters_to_merge as check_adapters_to_merge
 from peft.prompts import BasePromptEncoder as BasePromptEncoder
 from peft.tuner import BaseTuner as BaseTuner
 from peft.tuner import cast_adapter_dtype as cast_adapter_dtype
+from peft.whole import set_adapter as set_adapter
+from peft.whole import set_requires_grad as set_requires_grad
 
 
 class _ExcludedModule:

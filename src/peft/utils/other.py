@@ -13,12 +13,12 @@ from peft.auxiliary import TrainableTokensWrapper as TrainableTokensWrapper
 from peft.config import CONFIG_NAME as CONFIG_NAME
 from peft.config import PeftConfig as PeftConfig
 from peft.inject import input_embedding_name
-from peft.inject import set_adapter as _set_adapter  # noqa: F401
 from peft.integrations import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from peft.integrations.fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
 from peft.model import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peft.model import WEIGHTS_NAME as WEIGHTS_NAME
 from peft.patterns import matching
+from peft.whole import set_adapter as _set_adapter  # noqa: F401
 
 
 def get_pattern_key(pattern_keys: Any, key_to_match: str) -> str:

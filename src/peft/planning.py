@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peft import inject, serving
+from peft import inject, serving, whole
 from peft.checkpoint import state, tensors
 from peft.config import PeftConfig
 from peft.errors import ConfigError
@@ -91,7 +91,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     asked.allow_unmatched = True
     made = inject.inject(twin, asked, adapter_name, low_cpu_mem_usage=True)
     twin.peft_config = {adapter_name: asked}  # type: ignore[assignment]
-    inject.set_adapter(twin, adapter_name)
+    whole.set_adapter(twin, adapter_name)
     values = state.get_peft_model_state_dict(twin, adapter_name=adapter_name)
     trainable, total = count_parameters(twin)
     return PlanReport(
