@@ -284,20 +284,20 @@ def switch(side: str, what: str) -> Job:
 # adapters together
 
 
-def mixed(side: str, adapters: int, rows: int = 32) -> Job:
-    """A batch of 32 rows over several adapters, unmerged, on 7 linear layers."""
+def mixed(side: str, adapters: int, rows: int = 32, tokens: int = 1) -> Job:
+    """A batch of rows over several adapters, unmerged, on 7 linear layers."""
     import peft
 
     model = stack(1, 512)
     if side == "floor":
-        x = torch.randn(rows, 16, 512)
+        x = torch.randn(rows, tokens, 512)
         return Job(lambda _: model(x), repeats=2)
     model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=PROJECTIONS), adapter_name="a0")
     for index in range(1, adapters):
         model.add_adapter(f"a{index}", peft.LoraConfig(r=16, target_modules=PROJECTIONS))
     model.eval()
     names = [f"a{row % adapters}" for row in range(rows)]
-    x = torch.randn(rows, 16, 512)
+    x = torch.randn(rows, tokens, 512)
 
     def run(_: Any) -> None:
         with torch.no_grad():
@@ -393,11 +393,9 @@ def _all() -> list[Case]:
         Case("inference", "LoRA r16, 256 tokens", partial(inference, method="LoRA r16", tokens=256), floor=True),
         Case("inference", "LoRA r16, 1 token", partial(inference, method="LoRA r16", tokens=1), floor=True),
         Case("inference", "DoRA r16, 1 token", partial(inference, method="DoRA r16", tokens=1), floor=True),
-        *(
-            Case("mixed", f"32 rows, {n} adapters", partial(mixed, adapters=n, rows=max(n, 32)), floor=True)
-            for n in (1, 8, 16)
-        ),
+        *(Case("mixed", f"32 rows, {n} adapters", partial(mixed, adapters=n), floor=True) for n in (1, 8, 16)),
         Case("mixed", "64 rows, 64 adapters", partial(mixed, adapters=64, rows=64), floor=True),
+        Case("mixed", "32 rows of 16 tokens, 16 adapters", partial(mixed, adapters=16, tokens=16), floor=True),
         *(Case("weighted", c, partial(weighted, combination=c)) for c in ("linear", "cat", "svd", "ties")),
         *(Case("merge", f"{m}", partial(merge, method=m, back=False)) for m in ("LoRA r16", "DoRA r16", "LoHa r8")),
         *(Case("merge", f"{m}, and back", partial(merge, method=m, back=True)) for m in ("LoRA r16", "LoHa r8")),

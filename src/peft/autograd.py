@@ -65,6 +65,17 @@ def _keep(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.bitwise_and(x.view(mask.dtype), mask).view(x.dtype)
 
 
+def _keep_(x: Tensor, mask: Tensor) -> Tensor:
+    """`_keep` in place of x."""
+    x.view(mask.dtype).bitwise_and_(mask)
+    return x
+
+
+def _kept_in(mask: Tensor, x: Tensor) -> Tensor:
+    """`_keep` in place of the mask: fresh memory costs more than the operation."""
+    return mask.bitwise_and_(x.view(mask.dtype)).view(x.dtype)
+
+
 def _where(x: Tensor, mask: Tensor | None) -> Tensor:
     """`_keep`, differentiable."""
     return x if mask is None else torch.where(mask.bool(), x, torch.zeros_like(x))
@@ -94,7 +105,7 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
         ctx.scale, ctx.dropout = scale * (dropout.gain if dropout else 1.0), dropout
-        seen = _keep(x, dropout.mask(x)) if dropout else x
+        seen = _kept_in(dropout.mask(x), x) if dropout else x
         hidden = F.linear(seen, down.to(x.dtype)).mul_(ctx.scale)
         return _linear(x, weight, bias).addmm_(hidden, up.to(x.dtype).mT)
 
@@ -109,8 +120,13 @@ class LowRankLinear(torch.autograd.Function):
             y = _linear(x, weight) + thin
             grad_x, grad_down, grad_up = _again(y, (x, down, up), (needs[0], *needs[3:5]), grad)
             return grad_x, None, grad_bias, grad_down, grad_up, None, None
-        back, grad_down, grad_up = _thin_grads(needs[3:5], _keep(x, mask), grad, down, up, ctx.scale)
-        grad_x = _plus_thin(grad @ weight.to(x.dtype), back, down, mask) if needs[0] else None
+        back, grad_x = (grad @ up.to(x.dtype)).mul_(ctx.scale), None
+        if needs[0] and mask is None:
+            grad_x = (grad @ weight.to(x.dtype)).addmm_(back, down.to(x.dtype))
+        elif needs[0]:
+            grad_x = _keep_(back @ down.to(x.dtype), mask).addmm_(grad, weight.to(x.dtype))  # type: ignore[arg-type]
+        seen = x if mask is None else _kept_in(mask, x)
+        grad_down, grad_up = _thin_grads(needs[3:5], seen, back, grad, down, up, ctx.scale)
         return grad_x, None, grad_bias, grad_down, grad_up, None, None
 
 
@@ -138,7 +154,7 @@ class MagnitudeLinear(torch.autograd.Function):
             product = _linear(x, weight).addmm_(F.linear(x, thin).mul_(ctx.scale), wide.mT)
             y = product * factor if bias is None else torch.addcmul(bias.to(x.dtype), product, factor)
         else:
-            seen = _keep(x, dropout.mask(x))
+            seen = _kept_in(dropout.mask(x), x)
             hidden = F.linear(seen, thin).mul_(ctx.scale)
             base = _linear(seen, weight).mul_(dropout.gain)
             y = _linear(x, weight, bias).sub_(base)
@@ -161,34 +177,32 @@ class MagnitudeLinear(torch.autograd.Function):
             found = _again(y, (x, down, up, gain), (needs[0], *needs[3:5], needs[7]), grad)
             grad_x, grad_down, grad_up, grad_gain = found
             return grad_x, None, grad_bias, grad_down, grad_up, None, None, grad_gain
-        grad_gain = (grad * product).sum(0).to(gain.dtype) if needs[7] else None
-        scaled, weight = grad * gain.to(x.dtype), weight.to(x.dtype)
-        back, grad_down, grad_up = _thin_grads(needs[3:5], _keep(x, mask), scaled, down, up, ctx.scale)
-        grad_x = None
+        grad_gain = grad_x = buffer = None
+        if needs[7]:
+            buffer = grad * product
+            grad_gain = buffer.sum(0).to(gain.dtype)
+        scaled, weight, thin = torch.mul(grad, gain.to(x.dtype), out=buffer), weight.to(x.dtype), down.to(x.dtype)
+        back = (scaled @ up.to(x.dtype)).mul_(ctx.scale)
         if needs[0] and mask is None:
-            grad_x = _plus_thin(scaled @ weight, back, down, None)
+            grad_x = (scaled @ weight).addmm_(back, thin)
         elif needs[0]:
-            dropped = ((scaled - grad) @ weight).mul_(ctx.dropout.gain).addmm_(back, down.to(x.dtype))
-            grad_x = (grad @ weight).add_(_keep(dropped, mask))
+            grad_x = (back @ thin).addmm_(scaled - grad, weight, alpha=ctx.dropout.gain)
+            grad_x = _keep_(grad_x, mask).addmm_(grad, weight)  # type: ignore[arg-type]
+        seen = x if mask is None else _kept_in(mask, x)
+        grad_down, grad_up = _thin_grads(needs[3:5], seen, back, scaled, down, up, ctx.scale)
         return grad_x, None, grad_bias, grad_down, grad_up, None, None, grad_gain
 
 
 def _thin_grads(
-    needs: Sequence[bool], x: Tensor, grad: Tensor, down: Tensor, up: Tensor, scale: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of s x Aᵀ Bᵀ: that of x Aᵀ (n, r), and where needed those of A and B."""
-    back = (grad @ up.to(x.dtype)).mul_(scale)
+    needs: Sequence[bool], x: Tensor, back: Tensor, grad: Tensor, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and B in s x Aᵀ Bᵀ, given those of x Aᵀ (`back`) and of the whole."""
     grad_down = (back.mT @ x).to(down.dtype) if needs[0] else None
     grad_up = None
     if needs[1]:
         hidden = F.linear(x, down.to(x.dtype)).mul_(scale)
         grad_up = (hidden.mT @ grad).mT.to(up.dtype, memory_format=torch.contiguous_format)
-    return back, grad_down, grad_up
-
-
-def _plus_thin(grad_x: Tensor, back: Tensor, down: Tensor, mask: Tensor | None) -> Tensor:
-    down = down.to(grad_x.dtype)
-    return grad_x.addmm_(back, down) if mask is None else grad_x.add_(_keep(back @ down, mask))
+    return grad_down, grad_up
 
 
 class OperatorLinear(torch.autograd.Function):
@@ -215,6 +229,8 @@ class OperatorLinear(torch.autograd.Function):
         seen = _keep(x, dropout.mask(x)) * dropout.gain if dropout else x
         if before:
             return _linear(_act(acting, seen), weight, bias)
+        if _summed(acting, x, dropout):
+            return _linear(x, weight + acting.dense(), bias)
         y = _linear(x, weight, bias)
         return y.addmm_(seen, acting.dense().mT) if _denser(acting, x) else y.add_(acting.apply(seen))
 
@@ -231,12 +247,18 @@ class OperatorLinear(torch.autograd.Function):
                 y = _act(acting, seen)
                 y = _linear(y, weight) if before else _linear(x, weight) + y
             return None, None, None, *_again(y, (x, weight, None, *parts), (needs[3], False, False, *need_parts), grad)
-        base = grad @ weight.to(x.dtype) if needs[3] or before else None
         seen = _keep(x, mask) * dropout.gain if dropout else x
         held = [t.detach().requires_grad_() if need else t for t, need in zip(parts, need_parts, strict=True)]
         wanted = [t for t, need in zip(held, need_parts, strict=True) if need]
         with torch.enable_grad():
             acting = _filled(ctx.op, iter(held)).to(x.dtype)
+        if not before and _summed(acting, x, dropout):
+            with torch.enable_grad():
+                dense = acting.dense()
+            found = torch.autograd.grad(dense, wanted, grad.mT @ x) if wanted else ()
+            rest, grad_x = iter(found), grad @ (weight + dense.detach()) if needs[3] else None
+            return None, None, None, grad_x, None, grad_bias, *(next(rest) if need else None for need in need_parts)
+        base = grad @ weight.to(x.dtype) if needs[3] or before else None
         into = base if before else grad
         assert into is not None
         back, found = _pull(acting, seen, into, wanted, needs[3])
@@ -245,6 +267,11 @@ class OperatorLinear(torch.autograd.Function):
         grad_x = None if not needs[3] else back if before else base.add_(back)  # type: ignore[union-attr]
         rest = iter(found)
         return None, None, None, grad_x, None, grad_bias, *(next(rest) if need else None for need in need_parts)
+
+
+def _summed(op: Operator, x: Tensor, dropout: Dropout | None) -> bool:
+    """Whether W + op runs as one matrix: where op is dense anyway, and the sum is not rounded to 16 bits."""
+    return dropout is None and x.element_size() >= 4 and _denser(op, x)
 
 
 def _pull(

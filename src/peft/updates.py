@@ -288,7 +288,10 @@ class Magnitude(Update):
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
         gain = self.gain(base)[:, None]
-        return base.plus(base.plus(weight, (gain - 1) * base.weight), gain * self.inner.op.dense())
+        delta = gain * self.inner.op.dense()
+        if delta.shape == base.weight.shape:
+            return base.plus(weight, delta.addcmul(gain - 1, base.weight))
+        return base.plus(base.plus(weight, (gain - 1) * base.weight), delta)
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
         return self.inner.add_bias(bias, base)
