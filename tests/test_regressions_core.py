@@ -300,3 +300,18 @@ def test_one_weight_of_torchs_attention_serves_one_adapter_at_a_time():
     rows = routing.Route(rows=("default", routing.BASE))
     with routing.route(rows), pytest.raises(UnsupportedError, match="reads the weight"):
         _ = model.base_model.model["a"].out_proj.weight
+
+
+def test_a_file_loads_whether_or_not_other_token_rows_stood_around_the_layer(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 4))
+
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(base(), config, adapter_name="a").eval()
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [2]}))
+    model.set_adapter("a")
+    expected = model(torch.arange(12))
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "a")
+    torch.testing.assert_close(loaded(torch.arange(12)), expected)

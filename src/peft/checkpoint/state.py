@@ -21,6 +21,7 @@ from peft.errors import AdapterNameError, CorruptFileError, LoadError, PeftWarni
 from peft.layer import AdaptedLayer
 from peft.method import method_of
 
+_TOKENS = ".token_adapter.base_layer."
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
@@ -265,6 +266,8 @@ def _renamed(
 def _relative(model: nn.Module, found: list[keys.Entry], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names of a file, with the prefix of a `PeftModel` added or taken away as the model needs it."""
     wrapped = any(e.disk.startswith(keys.BASE_PREFIX) for e in found)
+    # Another adapter's token rows may have stood around a layer when the file was written, or stand there now.
+    places = {e.disk.replace(_TOKENS, "."): e.disk for e in found}
     result = {}
     for name, tensor in state_dict.items():
         name = keys.strip(name)
@@ -272,7 +275,7 @@ def _relative(model: nn.Module, found: list[keys.Entry], state_dict: Mapping[str
             name = keys.BASE_PREFIX + name
         elif not wrapped:
             name = name.removeprefix(keys.BASE_PREFIX)
-        result[name] = tensor
+        result[places.get(name.replace(_TOKENS, "."), name)] = tensor
     return result
 
 
