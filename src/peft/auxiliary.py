@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from peft import routing
-from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError
-from peft.layer import AdaptedLayer, _join, _take, layer_class
+from peft.errors import AdapterNameError, ConfigError, PeftWarning, TargetError
+from peft.layer import AdaptedLayer, layer_class
+from peft.rows import in_turns
 from peft.slots import adapter_dtype
 
 
@@ -192,19 +193,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             rows = route.rows
         if rows is None:
             return self._run(self._chosen(route), x, args, kwargs)
-        if x.shape[0] % len(rows):
-            raise StateError(
-                f"adapter_names has {len(rows)} entries for a batch of {x.shape[0]} rows; give one per sample."
-            )
-        each = [name for name in rows for _ in range(x.shape[0] // len(rows))]
-        parts = []
-        for name in dict.fromkeys(each):
-            index = torch.tensor([i for i, n in enumerate(each) if n == name], device=x.device)
-            chosen = name if name in self.modules_to_save else None
-            picked = {k: _take(v, index, 0, x.shape[0]) for k, v in kwargs.items()}
-            rest = tuple(_take(a, index, 0, x.shape[0]) for a in args)
-            parts.append((index, self._run(chosen, _take(x, index, 0, x.shape[0]), rest, picked)))
-        return _join(parts, 0, x.shape[0])
+
+        def run(name: str, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return self._run(name if name in self.modules_to_save else None, x, args, kwargs)
+
+        return in_turns(run, rows, 0, x, args, kwargs)
 
     def _run(self, name: str | None, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         module = self.module(name)

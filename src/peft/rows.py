@@ -1,16 +1,105 @@
-"""Batches in which each sample has its own adapter: all low-rank updates of a layer in two products."""
+"""Batches in which each sample has its own adapter: low-rank updates in two products, others in turns."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peft import autograd, routing
+from peft.errors import StateError, UnsupportedError
+from peft.holder import AdapterHolder
 
 if TYPE_CHECKING:
     from peft.layer import AdaptedLayer
+
+
+def each_row(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The layer's output where each sample has its own adapter.
+
+    Raises:
+        UnsupportedError: this layer can't know whose samples it sees.
+        StateError: the batch is not made of as many rows for each name.
+    """
+    if layer._dispatched and len(set(rows)) > 1:
+        raise UnsupportedError(
+            f"adapter_names mixes {sorted(set(rows))}, but this layer is one expert of many: it sees the tokens "
+            "that were sent to it and can't know whose samples they are. Run one adapter at a time "
+            "(model.use(name)), or leave the experts out of target_modules."
+        )
+    dim = layer.host.rows(x, kwargs)
+    if len(set(rows)) > 1 and not args and not kwargs and not isinstance(layer.base_layer, AdapterHolder):
+        _spread(rows, x.shape[dim])
+        y = batched(layer, rows, x)
+        if y is not None:
+            return y
+
+    def run(name: str, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return layer._forward(layer._stack(routing.current()), x, args, kwargs)
+
+    return in_turns(run, rows, dim, x, args, kwargs)
+
+
+def in_turns(
+    run: Callable[[str, Any, tuple, dict[str, Any]], Any],
+    rows: Sequence[str],
+    dim: int,
+    x: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run the samples of each name together, on its route, and put the outputs back into the order of the batch.
+
+    Args:
+        run: Called with a name, and what of x, args and kwargs belongs to its samples.
+        rows: A name per sample; each stands for as many neighbouring rows as the batch has per name.
+        dim: Where x, args and kwargs have their rows.
+
+    Raises:
+        StateError: the rows can't be shared out evenly.
+    """
+    names, size = list(dict.fromkeys(rows)), x.shape[dim]
+    each = _spread(rows, size) if len(names) > 1 else []
+    parts: list[tuple[Tensor, Any]] = []
+    for name in names:
+        with routing.route(routing.use(None if name == routing.BASE else name)):
+            if len(names) == 1:
+                return run(name, x, args, kwargs)
+            index = torch.tensor([i for i, n in enumerate(each) if n == name], device=x.device)
+            pick = partial(_pick, index=index, dim=dim, size=size)
+            picked = {key: pick(value) for key, value in kwargs.items()}
+            parts.append((index, run(name, pick(x), tuple(map(pick, args)), picked)))
+    return _join(parts, dim, size)
+
+
+def _spread(rows: Sequence[str], size: int) -> list[str]:
+    """The name of each row of a batch, given a name per sample."""
+    if size % len(rows):
+        raise StateError(
+            f"adapter_names has {len(rows)} entries, but the batch that reaches this layer has {size} rows. "
+            "Give one name per sample."
+        )
+    return [name for name in rows for _ in range(size // len(rows))]
+
+
+def _pick(value: Any, index: Tensor, dim: int, size: int) -> Any:
+    if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == size:
+        return value.index_select(dim, index)
+    return value
+
+
+def _join(parts: list[tuple[Tensor, Any]], dim: int, size: int) -> Any:
+    """Put outputs of some rows each back into the order of the batch; tuples (attention) element by element."""
+    first = parts[0][1]
+    if isinstance(first, tuple):
+        return tuple(_join([(i, y[k]) for i, y in parts], 0 if k else dim, size) for k in range(len(first)))
+    if first is None:
+        return None
+    order = torch.cat([index for index, _ in parts]).argsort()
+    return torch.cat([y for _, y in parts], dim).index_select(dim, order)
 
 
 def batched(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor) -> Tensor | None:
