@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -111,6 +112,59 @@ def test_threads_do_not_see_each_others_adapters():
 
         with ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(work, range(8))) == 0
+
+
+def test_a_compiled_model_sees_the_route_of_its_thread_and_compiles_once_for_each():
+    model, counter = mlp(), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        expected = {name: run(model, name, x) for name in (*NAMES, None)}
+        assert torch.equal(compiled(x), model(x))
+        for name in expected:
+            assert torch.equal(run(compiled, name, x, model), expected[name])
+        count = counter.frame_count
+
+        def work(index: int) -> bool:
+            name = list(expected)[index % len(expected)]
+            with torch.no_grad():
+                return torch.equal(run(compiled, name, x, model), expected[name])
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(24)))
+    assert counter.frame_count == count
+
+
+def run(call, name, x, model=None):
+    with (model or call).use(name) if name else (model or call).disable_adapter():
+        return call(x)
+
+
+def test_a_compiled_model_sees_the_route_of_its_task():
+    model = mlp()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        expected = {name: run(model, name, x) for name in NAMES}
+        alone = model(x)
+
+    async def task(name: str | None) -> bool:
+        right = []
+        for _ in range(4):
+            if name is None:
+                right.append(torch.equal(compiled(x), alone))
+                await asyncio.sleep(0)
+                continue
+            with model.use(name):
+                await asyncio.sleep(0)
+                right.append(torch.equal(compiled(x), expected[name]))
+        return all(right)
+
+    async def all_tasks() -> list[bool]:
+        return await asyncio.gather(*(task(name) for name in (*NAMES, None) * 2))
+
+    with torch.no_grad():
+        assert all(asyncio.run(all_tasks()))
 
 
 def test_async_tasks_do_not_see_each_others_adapters():

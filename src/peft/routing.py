@@ -8,6 +8,7 @@ before says so (`StateError`).
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 BASE = "__base__"
 """The name, in `adapter_names`, of rows that run without adapter."""
@@ -46,32 +48,42 @@ NONE = Route()
 _route: ContextVar[Route | None] = ContextVar("peft_route", default=None)
 _kept: ContextVar[bool] = ContextVar("peft_route_kept", default=False)
 used = False  # whether there ever was a route
-_open = 0  # routes in effect in any thread; while there is none, torch.compile need not look into a context variable
-_lock = threading.Lock()
+_thread = threading.local()  # `route`: that of this thread; `tasks`: routes opened in this thread by tasks of asyncio
+_GUARDED = Version(torch.__version__).release >= (2, 13)  # torch.compile guards on attributes of threading.local
 
 
 def current() -> Route | None:
-    """The route of this call; None means that each layer's own active adapters run."""
-    return _route.get() if _open else None
+    """The route of this call; None means that each layer's own active adapters run.
+
+    `torch.compile` can't look into a context variable. It sees the thread's route instead, which is the same unless
+    tasks of asyncio take turns in the thread: then it breaks the graph here.
+    """
+    if not used:
+        return None
+    if torch.compiler.is_compiling() and _GUARDED and not getattr(_thread, "tasks", 0):
+        return getattr(_thread, "route", None)
+    return _route.get()
 
 
 @contextmanager
 def route(value: Route | None) -> Iterator[None]:
     """Run the body with a route."""
-    token = _route.set(value)
-    _count(1)
+    global used
+    used = True
+    task = asyncio._get_running_loop() is not None
+    token, before = _route.set(value), getattr(_thread, "route", None)
+    if task:
+        _thread.tasks = getattr(_thread, "tasks", 0) + 1
+    else:
+        _thread.route = value
     try:
         yield
     finally:
-        _count(-1)
         _route.reset(token)
-
-
-def _count(change: int) -> None:
-    global _open, used
-    with _lock:
-        _open += change
-        used = True
+        if task:
+            _thread.tasks -= 1
+        else:
+            _thread.route = before
 
 
 def use(names: str | Sequence[str] | None) -> Route:
