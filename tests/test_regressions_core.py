@@ -315,3 +315,30 @@ def test_a_file_loads_whether_or_not_other_token_rows_stood_around_the_layer(tmp
     model.save_pretrained(tmp_path, selected_adapters=["a"])
     loaded = PeftModel.from_pretrained(base(), tmp_path / "a")
     torch.testing.assert_close(loaded(torch.arange(12)), expected)
+
+
+def test_layers_take_their_input_by_name_as_the_base_layers_do():
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix, self.head = nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.mix(input=self.embed(input=ids))
+            return self.head(input=self.attend(query=x, key=x, value=x)[0])
+
+    config = LoraConfig(
+        r=2, target_modules=["embed", "mix", "attend"], modules_to_save=["head"], init_lora_weights=False
+    )
+    model = get_peft_model(ByName(), config, "one").eval()
+    model.add_adapter("two", config)
+    ids = torch.randint(0, 5, (2, 3))
+    with torch.no_grad():
+        each = []
+        for row, name in enumerate(("one", "two")):
+            model.set_adapter(name)
+            each.append(model(ids)[row])
+        torch.testing.assert_close(model(ids, adapter_names=["one", "two"]), torch.stack(each))
+        with pytest.raises(TypeError, match="'input'"):
+            model.base_model.model.mix()

@@ -186,32 +186,29 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """An adapter's copy, or the original."""
         return self.original_module if name is None else self.modules_to_save[name]
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop("adapter_names", None)
         route = routing.current()
         if rows is None and route is not None:
             rows = route.rows
         if rows is None:
-            return self._run(self._chosen(route), x, args, kwargs)
+            return self._run(self._chosen(route), *args, **kwargs)
 
-        def run(name: str, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return self._run(name if name in self.modules_to_save else None, x, args, kwargs)
+        def run(name: str, *args: Any, **kwargs: Any) -> Any:
+            return self._run(name if name in self.modules_to_save else None, *args, **kwargs)
 
-        return in_turns(run, rows, 0, x, args, kwargs)
+        size = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), 0)
+        return in_turns(run, rows, 0, size, args, kwargs)
 
-    def _run(self, name: str | None, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run(self, name: str | None, /, *args: Any, **kwargs: Any) -> Any:
         module = self.module(name)
         if name is None or torch.is_autocast_enabled():
-            return module(x, *args, **kwargs)
+            return module(*args, **kwargs)
         was = next((p.dtype for p in self.original_module.parameters() if p.is_floating_point()), None)
         now = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
         if was is None or now is None or was == now:
-            return module(x, *args, **kwargs)
-        y = module(
-            _cast(x, was, now),
-            *(_cast(a, was, now) for a in args),
-            **{k: _cast(v, was, now) for k, v in kwargs.items()},
-        )
+            return module(*args, **kwargs)
+        y = module(*(_cast(a, was, now) for a in args), **{k: _cast(v, was, now) for k, v in kwargs.items()})
         return _cast(y, now, was)
 
     def unload_and_optionally_merge_module(
@@ -322,8 +319,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.token_adapter.rename_adapter(old, new)
         self._active_adapter = [new if n == old else n for n in self._active_adapter]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Write the rows into the embedding."""

@@ -139,7 +139,9 @@ class AdaptedLayer(AdapterHolder):
 
     # forward
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if x is None:
+            x = _input_by_name(self.base_layer, kwargs)
         rows = kwargs.pop("adapter_names", None)
         route = routing.current()
         if routing.used and self.training and rows is None and not torch.compiler.is_compiling():
@@ -314,6 +316,16 @@ class AdaptedLayer(AdapterHolder):
 def _square_row_norms(weight: Tensor) -> Tensor:
     wide = weight if weight.dtype == torch.float64 else weight.float()
     return wide.detach().square().sum(1)
+
+
+def _input_by_name(module: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+    """The layer's input out of the keywords of a call, by the name that the base layer gives it."""
+    while isinstance(module, AdaptedLayer):
+        module = module.base_layer
+    name = type(module).forward.__code__.co_varnames[1]
+    if name not in kwargs:
+        raise TypeError(f"{type(module).__name__}.forward() missing 1 required positional argument: {name!r}")
+    return kwargs.pop(name)
 
 
 def _runs(update: Update, host: Host) -> bool:

@@ -72,17 +72,15 @@ def route(value: Route | None) -> Iterator[None]:
     used = True
     task = asyncio._get_running_loop() is not None
     token, before = _route.set(value), getattr(_thread, "route", None)
-    if task:
-        _thread.tasks = getattr(_thread, "tasks", 0) + 1
-    else:
-        _thread.route = value
+    # Both are set in every thread that has routes: torch.compile would tell threads with and without them apart.
+    _thread.tasks = getattr(_thread, "tasks", 0) + task
+    _thread.route = before if task else value
     try:
         yield
     finally:
         _route.reset(token)
-        if task:
-            _thread.tasks -= 1
-        else:
+        _thread.tasks -= task
+        if not task:
             _thread.route = before
 
 

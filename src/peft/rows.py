@@ -37,41 +37,45 @@ def each_row(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor, args: tuple,
         if y is not None:
             return y
 
-    def run(name: str, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run(name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return layer._forward(layer._stack(routing.current()), x, args, kwargs)
 
-    return in_turns(run, rows, dim, x, args, kwargs)
+    return in_turns(run, rows, dim, x.shape[dim], (x, *args), kwargs)
 
 
 def in_turns(
-    run: Callable[[str, Any, tuple, dict[str, Any]], Any],
+    run: Callable[..., Any],
     rows: Sequence[str],
     dim: int,
-    x: Any,
+    size: int,
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Any:
     """Run the samples of each name together, on its route, and put the outputs back into the order of the batch.
 
     Args:
-        run: Called with a name, and what of x, args and kwargs belongs to its samples.
+        run: Called with a name, and what of args and kwargs belongs to its samples.
         rows: A name per sample; each stands for as many neighbouring rows as the batch has per name.
-        dim: Where x, args and kwargs have their rows.
+        dim: The dimension in which tensors have their rows.
+        size: Rows of the batch; tensors with another size are for all samples.
+        args: For `run`.
+        kwargs: For `run`.
 
     Raises:
         StateError: the rows can't be shared out evenly.
     """
-    names, size = list(dict.fromkeys(rows)), x.shape[dim]
+    names = list(dict.fromkeys(rows))
     each = _spread(rows, size) if len(names) > 1 else []
+    device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
     parts: list[tuple[Tensor, Any]] = []
     for name in names:
         with routing.route(routing.use(None if name == routing.BASE else name)):
             if len(names) == 1:
-                return run(name, x, args, kwargs)
-            index = torch.tensor([i for i, n in enumerate(each) if n == name], device=x.device)
+                return run(name, *args, **kwargs)
+            index = torch.tensor([i for i, n in enumerate(each) if n == name], device=device)
             pick = partial(_pick, index=index, dim=dim, size=size)
             picked = {key: pick(value) for key, value in kwargs.items()}
-            parts.append((index, run(name, pick(x), tuple(map(pick, args)), picked)))
+            parts.append((index, run(name, *map(pick, args), **picked)))
     return _join(parts, dim, size)
 
 
