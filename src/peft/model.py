@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft import card, inject, integrations, prompts, routing, status, whole
 from peft.auxiliary import check_name
-from peft.checkpoint import files, fingerprint, hub, keys, renames, state, tensors
+from peft.checkpoint import files, fingerprint, hub, keys, layouts, state, tensors
 from peft.checkpoint.report import LoadReport
 from peft.config import CONFIG_NAME, PeftConfig, PeftType, TaskType
 from peft.errors import AdapterNameError, BaseMismatchError, PeftWarning, StateError, nearest
@@ -515,7 +515,9 @@ class PeftModel(nn.Module):
             save_embedding_layers: True: the base model's embeddings too; `"auto"`: if they were trained or resized.
             is_main_process: In distributed training, only the main process writes.
             path_initial_model_for_weight_conversion: For initialisations that change the base weights.
-            **kwargs: `state_dict`: tensors to save from, in place of the model's; `push_to_hub=True` uploads.
+            **kwargs: `state_dict`: tensors to save from, in place of the model's; `push_to_hub=True` uploads;
+                `save_original_format=True` writes names and tensors for the weights as the base model's original
+                checkpoints hold them, as transformers' own `save_pretrained` does: older releases read that.
 
         Raises:
             SaveError: nothing was changed on disk.
@@ -530,7 +532,7 @@ class PeftModel(nn.Module):
                     f" {list(self.peft_config)} - got {selected_adapters}.{nearest(name, self.peft_config)}"
                 )
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        given = kwargs.pop("state_dict", None)
+        given, original = kwargs.pop("state_dict", None), kwargs.pop("save_original_format", False)
         for name in names:
             if path_initial_model_for_weight_conversion is not None:
                 raise StateError(
@@ -538,7 +540,7 @@ class PeftModel(nn.Module):
                     f"so there is "
                     "nothing to convert. Leave it out."
                 )
-            self._save_one(name, folder, given, safe_serialization, save_embedding_layers, is_main_process)
+            self._save_one(name, folder, given, safe_serialization, save_embedding_layers, is_main_process, original)
         if is_main_process:
             files.save(folder, {"README.md": self._card(folder)})
         if kwargs.pop("push_to_hub", False):
@@ -552,6 +554,7 @@ class PeftModel(nn.Module):
         safe: bool,
         embeddings: str | bool,
         is_main_process: bool,
+        original: bool = False,
     ) -> None:
         config = self.peft_config[name]
         values = state.get_peft_model_state_dict(
@@ -562,6 +565,8 @@ class PeftModel(nn.Module):
         metadata = {}
         if not config.is_prompt_learning and (sketch := state.base_sketch(self, name)) is not None:
             metadata[fingerprint.METADATA_KEY] = fingerprint.encode(sketch)
+        if original and not config.is_prompt_learning:
+            config, values = layouts.to_original(self.get_base_model(), config, values)
         # Rows without columns are an adapter that has nothing to train (OFT with blocks of one); shards have no rows.
         empty = {key for key, tensor in values.items() if tensor.dim() > 1 and tensor.shape[0]}
         payload = tensors.encode(values, metadata, pickled=not safe, allow_empty=empty)
@@ -631,7 +636,9 @@ class PeftModel(nn.Module):
             low_cpu_mem_usage: Ignored; loading never fills weights that are then replaced.
             key_mapping: `{regex: replacement}` for names of tensors.
             **kwargs: `subfolder`, `revision`, `token`, …; `strict=False` accepts missing and unexpected tensors;
-                `check_base=False` accepts another base model than the adapter was trained on.
+                `check_base=False` accepts another base model than the adapter was trained on;
+                `fused={"qkv_proj": ["q_proj", "k_proj", "v_proj"]}` says which layers' rows, in order, one layer of
+                the base model has, or had where the adapter was trained.
 
         Raises:
             LoadError: the file does not fit the model; the message says what was probably meant.
@@ -700,7 +707,7 @@ class PeftModel(nn.Module):
             LoadError: the file does not fit; the model is as it was.
         """
         strict, check = kwargs.pop("strict", True), kwargs.pop("check_base", True)
-        mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        mismatched, stated = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop("fused", None)
         config = kwargs.pop("_config", None)
         options = {k: v for k, v in kwargs.items() if k in (*files.HUB_OPTIONS, "subfolder")}
         fresh = adapter_name not in self._names()
@@ -712,9 +719,8 @@ class PeftModel(nn.Module):
                 config.inference_mode = not is_trainable
             if fresh:
                 state.check_sizes(config, self.get_base_model(), values, str(path))
-            if fresh and config.peft_type == PeftType.LORA:
-                fused = renames.fuse_experts(self.get_base_model(), config, values)
-                config, values = fused or (config, values)
+            if fresh and not config.is_prompt_learning:
+                config, values = layouts.fit(self.get_base_model(), config, values, stated, strict)
         if fresh:
             self._add_loaded(adapter_name, config, autocast_adapter_dtype)
         config = self.peft_config[adapter_name]

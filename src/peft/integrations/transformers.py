@@ -1,9 +1,16 @@
-"""transformers' own adapter loading (`model.load_adapter`): how names in a file become names in the model."""
+"""transformers' own adapter loading (`model.load_adapter`): how names in a file become names in the model.
+
+And its conversion of checkpoints: how the weights of older releases were called, and where their rows are now.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor, nn
 
 from peft import registry
 from peft.method import WeightMethod
@@ -42,3 +49,22 @@ def build_peft_weight_mapping(
         else:
             renamings.append(WeightRenaming(rf"\.{plain}$", f".{slot.name}.{adapter_name}"))
     return renamings
+
+
+def original_format(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model as they would be, and would be called, in its original checkpoints.
+
+    Args:
+        model: The bare model.
+        tensors: By the names of all its parameters.
+
+    Returns:
+        Empty if transformers, this release of it, or this model knows no other format.
+    """
+    loading = sys.modules.get("transformers.core_model_loading")
+    if loading is None or not isinstance(model, sys.modules["transformers"].PreTrainedModel):
+        return {}
+    try:
+        return loading.revert_weight_conversion(model, dict(tensors))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return {}  # some of its weights are converted in ways that look at more than the rows
