@@ -341,7 +341,7 @@ def _adapt_layers(
     for target in plan.targets:
         key = target.key if target.parameter is None else f"{target.key}.{target.parameter}"
         hosts[key] = target.host
-        if hosts[key].always_acts:
+        if hosts[key].beside:
             hosts[f"{key}.out_proj"] = Target(f"{key}.out_proj", hosts[key].module.out_proj).host
     method.check_targets(config, hosts)
     _note_layout(config, hosts.values())
@@ -398,7 +398,7 @@ def wrap(
             undo.replace(model, target.key, layer)
         _keep_called(layer, parent, name)
         layers = [layer]
-    if layers[0].host.always_acts:
+    if layers[0].host.beside:
         layers.append(_wrap_output(layers[0], config, adapter_name, options, undo))
     for layer in layers:
         if not layer._active_adapter:

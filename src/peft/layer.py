@@ -196,7 +196,7 @@ class AdaptedLayer(AdapterHolder):
         bias = host.bias() if on_merged else call.bias
         for update in updates:
             run, bias = partial(update.forward, prev=run, bias=bias, base=call), update.add_bias(bias, call)
-        return run(x)
+        return host.finish(run(x), x)
 
     def _leaves(self, names: tuple[str, ...]) -> Iterator[nn.Module]:
         for name in names:
@@ -256,11 +256,12 @@ class AdaptedLayer(AdapterHolder):
         if bias is not None and (old_bias is not None or host.bias_parameter in module._parameters):
             stored[host.bias_parameter] = bias.to(host.dtype)
         adjust = host.adjust(weight)
-        if not self.merged_adapters:
-            self._originals = {
-                "parameters": {name: module._parameters[name] for name in stored},
-                "attributes": {name: getattr(module, name) for name in adjust},
-            }
+        kept = self._originals or {"parameters": {}, "attributes": {}}
+        for name in stored:  # those that earlier merges changed are kept already
+            kept["parameters"].setdefault(name, module._parameters[name])
+        for name in adjust:
+            kept["attributes"].setdefault(name, getattr(module, name))
+        self._originals = kept
         # New parameters, not new values: whoever shares the old ones (tied weights, unmerge) keeps them untouched.
         for name, tensor in stored.items():
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
@@ -302,7 +303,7 @@ class AdaptedLayer(AdapterHolder):
         """What the adapter adds to the base weight, in the base weight's own shape."""
         host = self.host
         with torch.no_grad():
-            delta = self.effective((adapter,))[0] - self.effective(())[0]
+            delta = host.plus(self.effective((adapter,))[0], -self.effective(())[0])
         return host.native(delta).to(adapter_dtype(host.dtype))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

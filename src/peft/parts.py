@@ -140,3 +140,6 @@ class Call:
 
     def plus(self, weight: Tensor, delta: Tensor) -> Tensor:
         return self.host.plus(weight, delta)
+
+    def mixable(self, weight: Tensor, block: int) -> Tensor:
+        return self.host.mixable(weight, block)

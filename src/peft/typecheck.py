@@ -53,7 +53,7 @@ def _accepts_none(hint: Any) -> bool:
 
 
 def _fit(value: Any, hint: Any, where: str, any_number: bool = False) -> Any:
-    for choice in _choices(hint):
+    for choice in sorted(_choices(hint), key=lambda choice: choice is not type(value)):  # 1.0 stays a float beside int
         if choice in (int, float) and isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:
             raise ConfigError(f"{where} is {str(value)[:30]}…, which is beyond all sizes.")
         done, fitting = _try(value, choice, where, any_number)

@@ -75,6 +75,10 @@ class Base(Protocol):
         """The sum of two weights."""
         ...
 
+    def mixable(self, weight: Tensor, block: int) -> Tensor:
+        """The weight with columns that mean the same in all rows of a block: those of a grouped convolution don't."""
+        ...
+
 
 class Update:
     """Base of updates.
@@ -195,7 +199,8 @@ class Before(Update):
         return After(self.op.T, keep_bias=True)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
-        return _apply(self.op.T, weight)
+        # A grouped convolution has as many columns as one group, unless another update has widened it to all groups.
+        return _apply(self.op.T, weight.unflatten(1, (-1, self.op.shape[0]))).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +220,7 @@ class After(Update):
         return Before(self.op.T)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
-        return _apply(self.op, weight.mT).mT
+        return _apply(self.op, base.mixable(weight, self.op.reach).mT).mT
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
         return bias if self.keep_bias or bias is None else _apply(self.op, bias)

@@ -92,7 +92,8 @@ def dense_change(layer: AdaptedLayer, adapter: str) -> Tensor:
     weight = _full(call.weight)
     (update,) = layer.updates([adapter])
     # a relative update is computed from the frozen weight alone, so that adding it to zero costs no digits
-    delta = update.weight(torch.zeros_like(weight), call) if update.relative else update.weight(weight, call) - weight
+    delta = update.weight(torch.zeros_like(weight) if update.relative else weight, call)
+    delta = delta if update.relative else call.plus(delta, -weight)
     return delta.unflatten(0, (layout(layer).blocks, -1))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft.errors import TargetError
 from peft.hosts.base import Host
 from peft.hosts.parameter import lend
 
@@ -15,10 +16,23 @@ class MultiheadAttentionHost(Host):
 
     name = "MultiheadAttention"
     types = ("torch.nn.modules.activation.MultiheadAttention",)
-    factored = False
-    always_acts = True
+    beside = "out_proj"
     parameter = "in_proj_weight"
     bias_parameter = "in_proj_bias"
+
+    @property
+    def raw(self) -> Tensor:
+        packed = self.module.in_proj_weight
+        if packed is None:
+            raise TargetError(
+                "This MultiheadAttention keeps its input projections apart, since kdim or vdim is not embed_dim. Name "
+                "them in target_parameters: q_proj_weight, k_proj_weight, v_proj_weight."
+            )
+        return packed
+
+    @property
+    def factored(self) -> bool:
+        return False
 
     def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         changed: dict[str, Tensor | None] = {"in_proj_weight": weight.to(self.dtype)}

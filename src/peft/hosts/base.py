@@ -17,21 +17,19 @@ class Host:
 
     A host is made anew for each call, holds nothing but its module, and is the only code that knows how that type of
     layer stores and applies its weight. Subclasses give `name`, `types`, `weight` and `act`; those on which operators
-    can run without building the dense weight give `lift` and `out` as well and set `factored`.
+    can run without the dense weight give `lift` and `out` as well; the others say so in `factored`.
     """
 
     name: ClassVar[str] = ""
     """Class name of the adapted layer in the PEFT API."""
     types: ClassVar[tuple[str, ...]] = ()
     """Qualified names of the layer types, so that nothing is imported to look one up."""
-    factored: ClassVar[bool] = True
-    """Whether updates run on the way, without the dense weight."""
     on_input: ClassVar[bool] = False
     """Whether an operator can be applied to the layer's input in place of its weight."""
     takes_bias: ClassVar[bool] = True
     """Whether the layer type has a bias at all."""
-    always_acts: ClassVar[bool] = False
-    """Whether `act` runs even with nothing to update, because parts inside the layer may be adapted."""
+    beside: ClassVar[str] = ""
+    """Name of a layer inside it that is adapted beside it."""
     one_hot: ClassVar[bool] = False
     """Whether inputs are indices of the columns of W (an embedding) and can't be multiplied by anything."""
     fan_in_fan_out: ClassVar[bool] = False
@@ -72,6 +70,16 @@ class Host:
     def in_features(self) -> int:
         """Columns of W."""
         return self.weight().shape[1]
+
+    @property
+    def always_acts(self) -> bool:
+        """Whether `act` runs even with nothing to update; here, because a layer inside may be adapted."""
+        return bool(self.beside)
+
+    @property
+    def factored(self) -> bool:
+        """Whether updates run on the way, without the dense weight."""
+        return True
 
     @property
     def groups(self) -> int:
@@ -127,6 +135,14 @@ class Host:
     def plus(self, weight: Tensor, delta: Tensor) -> Tensor:
         """The sum of two weights of this layer."""
         return weight + delta
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the layer type does to an output that updates have passed through."""
+        return y
+
+    def mixable(self, weight: Tensor, block: int) -> Tensor:
+        """A weight whose rows can be mixed within blocks of consecutive ones."""
+        return weight
 
     def rows(self, x: Tensor, kwargs: dict[str, Any]) -> int:
         """The dimension of inputs and outputs that counts samples."""

@@ -60,6 +60,9 @@ class ConvHost(Host):
             weight, delta = self._wide(weight), self._wide(delta)
         return weight + delta
 
+    def mixable(self, weight: Tensor, block: int) -> Tensor:
+        return self._wide(weight) if self.raw.shape[0] // self._groups(weight) % block else weight
+
     def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         conv, groups = self.module, self._groups(weight)
         kernel = self.native(weight).to(x.dtype)

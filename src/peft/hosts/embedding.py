@@ -21,6 +21,16 @@ class EmbeddingHost(Host):
     one_hot = True
     takes_bias = False
 
+    @property
+    def always_acts(self) -> bool:
+        """Where the layer itself would clip rows that it looks up in place, W would depend on what ran before."""
+        return self.module.max_norm is not None
+
+    @property
+    def factored(self) -> bool:
+        """Not where rows are clipped or their gradients rescaled: what is done to a whole row knows no summands."""
+        return self.module.max_norm is None and not self.module.scale_grad_by_freq
+
     def weight(self) -> Tensor:
         return self.raw.mT
 
@@ -31,10 +41,10 @@ class EmbeddingHost(Host):
         return None
 
     def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        emb = self.module
+        emb, rows = self.module, weight.mT.to(self.dtype)
         y = F.embedding(
             x,
-            weight.mT.to(self.dtype),
+            rows if emb.max_norm is None else rows.clone(),
             emb.padding_idx,
             emb.max_norm,
             emb.norm_type,
@@ -45,6 +55,13 @@ class EmbeddingHost(Host):
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
         return self._scaled(op.to(self.dtype).columns(x))
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """Positions of the padding token send no gradients to what an adapter changes, as they send none to W."""
+        padding = self.module.padding_idx
+        if padding is None or not y.requires_grad:
+            return y
+        return torch.where((x == padding)[..., None], y.detach(), y)
 
     def _scaled(self, y: Tensor) -> Tensor:
         scale = getattr(self.module, "embed_scale", None)

@@ -32,7 +32,6 @@ class ParameterHost(Host):
     """The host of `target_parameters`: `parameter_name` says which one. 3-D stacks are block rows: W is (E·out, in)."""
 
     name = "ParamWrapper"
-    factored = False
     takes_bias = False
 
     def __init__(self, module: nn.Module, parameter_name: str) -> None:
@@ -41,6 +40,10 @@ class ParameterHost(Host):
             module = wrapped
         super().__init__(module)
         self.parameter = parameter_name  # type: ignore[misc]
+
+    @property
+    def factored(self) -> bool:
+        return False
 
     @property
     def experts(self) -> int:

@@ -13,7 +13,7 @@ from peft.config import TargetedConfig
 from peft.errors import ConfigError, TargetError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
-from peft.operators import Bilinear, Diagonal, Sparse, Sum
+from peft.operators import Bilinear, Diagonal, Operator, Sparse, Sum
 from peft.parts import Parts
 from peft.slots import BufferDict, Slot
 from peft.updates import Add, Update
@@ -79,6 +79,14 @@ def basis(weights: list[Tensor], alpha: float) -> Tensor:
     return r.mT @ torch.linalg.eigh(sum(inverses[1:], start=inverses[0]) / len(inverses))[1]
 
 
+def coordinates(weight: Tensor, basis: Tensor) -> Tensor:
+    """X (m, n) with X Vᵀ = W; the smallest where V is singular, because the columns of W depend on each other."""
+    try:
+        return torch.linalg.solve(basis, weight.mT).mT
+    except torch.linalg.LinAlgError:
+        return weight @ torch.linalg.pinv(basis, rtol=1e-6).mT
+
+
 def places(size: int, rate: float, generator: torch.Generator) -> Tensor:
     """Rows and columns (2, k) of different off-diagonal places of a (size, size) matrix."""
     free = size * size - size
@@ -90,7 +98,7 @@ def places(size: int, rate: float, generator: torch.Generator) -> Tensor:
 class Frod(WeightMethod, peft_type="FROD", config=FrodConfig):
     slots = (
         Slot("frod_lambda_l", "in"),
-        Slot("frod_lambda_s_values", "count"),
+        Slot("frod_lambda_s_values", "count", when="count"),
         Slot("frod_U", "out in", kind="buffer", saved=False),
         Slot("frod_start", "in", kind="buffer", saved=False),
     )
@@ -128,7 +136,7 @@ class Frod(WeightMethod, peft_type="FROD", config=FrodConfig):
 
     def derive(self, p: Parts, host: Host) -> None:
         """U and λ₀: the columns of W V⁻ᵀ, and their lengths."""
-        columns = torch.linalg.solve(p.frod_V[p.frod_kind].double(), host.weight().double().mT).mT
+        columns = coordinates(host.weight().double(), p.frod_V[p.frod_kind].double())
         lengths = columns.norm(dim=0)
         p.frod_start.copy_(lengths)
         p.frod_U.copy_(columns / lengths.clamp_min(1e-12))
@@ -137,14 +145,16 @@ class Frod(WeightMethod, peft_type="FROD", config=FrodConfig):
 
     def reset(self, p: Parts, host: Host) -> None:
         p.frod_lambda_l.copy_(p.frod_start)
-        if p.config.init_weights:
-            nn.init.zeros_(p.frod_lambda_s_values)
-        else:
+        if not p.config.init_weights:
             p.frod_lambda_l.add_(torch.randn_like(p.frod_lambda_l), alpha=0.1)
-            nn.init.normal_(p.frod_lambda_s_values, std=0.1)
+        if p.has("frod_lambda_s_values"):
+            values = p.frod_lambda_s_values
+            nn.init.zeros_(values) if p.config.init_weights else nn.init.normal_(values, std=0.1)
 
     def update(self, p: Parts, host: Host) -> Update:
         basis, size = p.frod_V[p.frod_kind], host.in_features
-        sparse = Sparse(p.frod_s_indices[p.frod_kind], p.frod_lambda_s_values, size, size)
-        middle = Sum((Diagonal(p.frod_lambda_l - p.frod_start), sparse))
+        middle: Operator = Diagonal(p.frod_lambda_l - p.frod_start)
+        if p.has("frod_lambda_s_values"):  # a (1, 1) matrix has no place off its diagonal
+            sparse = Sparse(p.frod_s_indices[p.frod_kind], p.frod_lambda_s_values, size, size)
+            middle = Sum((middle, sparse))
         return Add(Bilinear(basis.mT, middle, p.frod_U), None, p.dropout)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from peft.config import TargetedConfig, choice, positive
+from peft.errors import TargetError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
 from peft.parts import Parts
@@ -81,6 +82,12 @@ class Glora(WeightMethod, peft_type="GLORA", config=GloraConfig):
 
     def resolve(self, config: GloraConfig, host: Host, site: Site) -> dict[str, Any]:
         biased = host.bias() is not None
+        if config.config_A_B == "none" and not (biased and {config.config_C, config.config_D_E} != {"none"}):
+            raise TargetError(
+                f"GLORA: nothing would train on {site.key!r}: config_A_B is 'none', and "
+                f"{'so are config_C and config_D_E' if biased else 'the layer has no bias for C, D and E'}. Set "
+                "config_A_B, or leave the layer out of the targets."
+            )
         return {
             "r": config.r,
             "A_B": config.config_A_B,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from peft import patterns
 from peft.config import TargetedConfig
-from peft.errors import ConfigError
+from peft.errors import ConfigError, PeftWarning
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
 from peft.operators import LowRank, Sum
@@ -40,7 +41,7 @@ class OSFConfig(TargetedConfig):
     )
     init_weights: bool | None = field(default=True, metadata={"help": "Start at W; False: from noise."})
     target_svd_config: dict[str, int] | None = field(
-        default=None, metadata={"help": "Kept for files of other versions; rank_pattern says the same."}
+        default=None, metadata={"help": "Without effect, as in HF PEFT; rank_pattern gives ranks by name."}
     )
 
     _optional: ClassVar[frozenset[str]] = TargetedConfig._optional | {
@@ -56,6 +57,12 @@ class OSFConfig(TargetedConfig):
                 raise ConfigError(
                     f"OSFConfig: an effective rank of {rank}; it is a number of triplets or a share, above 0."
                 )
+        if self.target_svd_config:
+            warnings.warn(
+                "OSFConfig.target_svd_config has no effect, here as in HF PEFT. Give ranks by name in rank_pattern.",
+                PeftWarning,
+                stacklevel=3,
+            )
 
 
 def _low(sizes: Sizes) -> dict[str, tuple[int, ...]]:
@@ -64,7 +71,7 @@ def _low(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 class OSF(WeightMethod, peft_type="OSF", config=OSFConfig):
     slots = (
-        Slot("osf_svd_params", _low, kind="group"),
+        Slot("osf_svd_params", _low, kind="group", when="low"),
         Slot("osf_U", "out all", kind="buffer", saved=False),
         Slot("osf_S", "all", kind="buffer", saved=False),
         Slot("osf_V", "all in", kind="buffer", saved=False),
@@ -90,21 +97,25 @@ class OSF(WeightMethod, peft_type="OSF", config=OSFConfig):
             held.copy_(part)
 
     def reset(self, p: Parts, host: Host) -> None:
-        kept, group = p.effective_rank, p.osf_svd_params
-        if p.config.init_weights is False:
-            for name in group:
-                nn.init.normal_(group[name])
-            return
-        group["U_low"].copy_(p.osf_U[:, kept:])
-        group["S_low"].copy_(p.osf_S[kept:])
-        group["V_low"].copy_(p.osf_V[kept:])
+        start = _rest(p)
+        for name, tensor in p.osf_svd_params.items() if p.has("osf_svd_params") else ():
+            nn.init.normal_(tensor) if p.config.init_weights is False else tensor.copy_(start[name])
+
+    def from_file(self, p: Parts, tensors: dict[str, Tensor], config: OSFConfig) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if tensor.numel()}  # HF PEFT keeps empty ones
 
     def update(self, p: Parts, host: Host) -> Update:
-        kept, group = p.effective_rank, p.osf_svd_params
+        kept, group = p.effective_rank, p.osf_svd_params if p.has("osf_svd_params") else _rest(p)
         up = OffSubspace.apply(group["U_low"], p.osf_U[:, :kept]) * group["S_low"]
         down = OffSubspace.apply(group["V_low"].mT, p.osf_V[:kept].mT).mT
         start = LowRank(p.osf_V[kept:], -p.osf_U[:, kept:] * p.osf_S[kept:])
         return Add(Sum((LowRank(down, up), start)))
+
+
+def _rest(p: Parts) -> dict[str, Tensor]:
+    """The triplets of W that are not frozen."""
+    kept = p.effective_rank
+    return {"U_low": p.osf_U[:, kept:], "S_low": p.osf_S[kept:], "V_low": p.osf_V[kept:]}
 
 
 class OffSubspace(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -65,7 +66,8 @@ class PsoftConfig(TargetedConfig):
 def _rotation(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     r = sizes.r
     shapes: dict[str, tuple[int, ...]] = {"weight": (r * (r - 1) // 2,) if sizes.orth else (r, r)}
-    return shapes | {f"vector_{name}": (r,) for name in ("b", "a") if sizes[f"mag_{name}"]}
+    shapes |= {f"vector_{name}": (r,) for name in ("b", "a") if sizes[f"mag_{name}"]}
+    return {name: shape for name, shape in shapes.items() if math.prod(shape)}
 
 
 class Psoft(WeightMethod, peft_type="PSOFT", config=PsoftConfig):
@@ -86,6 +88,8 @@ class Psoft(WeightMethod, peft_type="PSOFT", config=PsoftConfig):
         most = min(host.in_features, host.out_features)
         if config.r > most:
             raise TargetError(f"PSOFT: r = {config.r} is more than the smaller side of {site.key!r}; at most {most}.")
+        if config.r == 1 and config.psoft_orth and not (config.psoft_mag_a or config.psoft_mag_b):
+            raise TargetError("PSOFT: one dimension has no rotation to train; raise r to 2, or train psoft_mag_a.")
         trains = {"orth": config.psoft_orth, "mag_a": config.psoft_mag_a, "mag_b": config.psoft_mag_b}
         return {"r": config.r, "scaling": config.psoft_alpha / config.r, **trains}
 
@@ -103,8 +107,11 @@ class Psoft(WeightMethod, peft_type="PSOFT", config=PsoftConfig):
             nn.init.zeros_(group[name]) if name == "weight" else nn.init.ones_(group[name])
         if not p.config.psoft_orth:
             nn.init.eye_(group["weight"])
-        if not p.config.init_weights:
+        if not p.config.init_weights and "weight" in group:
             group["weight"].add_(torch.randn_like(group["weight"]), alpha=0.1)
+
+    def from_file(self, p: Parts, tensors: dict[str, Tensor], config: PsoftConfig) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if tensor.numel()}  # HF PEFT keeps (0,) for r = 1
 
     def update(self, p: Parts, host: Host) -> Update:
         turn = rotation(p.psoft_R, p.config, p.r)
@@ -129,8 +136,8 @@ def principal(weight: Tensor, config: PsoftConfig) -> tuple[Tensor, Tensor, Tens
 
 def rotation(group: nn.ParameterDict, config: PsoftConfig, r: int) -> Tensor:
     """R (r, r)."""
-    turn: Tensor = group["weight"]
-    if config.psoft_orth:
+    turn: Tensor = group["weight"] if "weight" in group else torch.ones_like(next(iter(group.values())))[:, None]
+    if config.psoft_orth and r > 1:
         q = skew(turn, r)
         if config.use_cayley_neumann:
             if config.cayley_neumann_eps is not None:

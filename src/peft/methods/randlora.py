@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import TargetedConfig, choice, positive
-from peft.errors import ConfigError
+from peft.errors import ConfigError, TargetError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
 from peft.operators import LowRank, Operator, Scaled
@@ -70,6 +70,11 @@ class RandLora(WeightMethod, peft_type="RANDLORA", config=RandLoraConfig):
     def shared(self, config: RandLoraConfig, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Tensor]:
         widest = max(h.in_features for h in targets.values()), max(h.out_features for h in targets.values())
         down, up = bases(config, min(widest), max(widest))
+        if type(down) is Tensor and not (down.isfinite().all() and up.isfinite().all()):  # fake tensors have no values
+            raise TargetError(
+                f"RandLoRA: bases of {tuple(down.shape)} and {tuple(up.shape)} are too small to have a deviation. "
+                "Raise r, take dense bases (sparse=False, very_sparse=False), or another projection_prng_key."
+            )
         return {"randlora_A": down.to(device, dtype), "randlora_B": up.to(device, dtype)}
 
     def saved_banks(self, config: RandLoraConfig) -> tuple[str, ...]:

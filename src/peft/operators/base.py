@@ -54,6 +54,11 @@ class Operator:
         """(out, in)."""
         raise NotImplementedError(f"{type(self).__name__} does not say its `shape`.")
 
+    @property
+    def reach(self) -> int:
+        """Rows that mix: of a square matrix only entries in diagonal blocks of this size differ from zero."""
+        return self.shape[0]
+
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), equal to `x @ dense().T`."""
         return F.linear(x, self.dense())

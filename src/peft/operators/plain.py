@@ -38,6 +38,10 @@ class Diagonal(Operator):
     def shape(self) -> tuple[int, int]:
         return self.d.shape[0], self.d.shape[0]
 
+    @property
+    def reach(self) -> int:
+        return 1
+
     def apply(self, x: Tensor) -> Tensor:
         return x * self.d
 

@@ -170,6 +170,10 @@ class Givens(Operator):
     def shape(self) -> tuple[int, int]:
         return self.cos.shape[0], self.cos.shape[0]
 
+    @property
+    def reach(self) -> int:
+        return self.group
+
     def _swap(self, x: Tensor, sign: float) -> Tensor:
         """The halves of every group exchanged, the new first half times `sign`."""
         first, second = x.unflatten(-1, (-1, 2, self.group // 2)).unbind(-2)
