@@ -54,17 +54,23 @@ CAUSAL = {
     "mistral": ("Mistral", _COMMON | _LLAMA | {"sliding_window": 16}),
     "qwen2": ("Qwen2", _COMMON | _LLAMA),
     "gemma": ("Gemma", _COMMON | {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 16}),
+    "qwen3": ("Qwen3", _COMMON | _LLAMA | {"head_dim": 16}),
+    "gemma2": ("Gemma2", _COMMON | _LLAMA | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5}),
+    "gemma3": ("Gemma3", _COMMON | _LLAMA | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5}),
     "gpt2": ("GPT2", _GPT2 | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "opt": ("OPT", _COMMON | {"ffn_dim": 32, "word_embed_proj_dim": WIDTH, "dropout": 0.0}),
+    "opt_narrow": ("OPT", _COMMON | {"ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.0}),
     "gpt_neox": ("GPTNeoX", _COMMON | {"intermediate_size": 32}),
     "falcon": ("Falcon", _FALCON | {"multi_query": True, "new_decoder_architecture": False, "alibi": False}),
+    "falcon_grouped": ("Falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
     "falcon_alibi": ("Falcon", _FALCON | {"multi_query": False, "new_decoder_architecture": False, "alibi": True}),
     "bloom": ("Bloom", _ALIBI | {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
 }
-SEQ2SEQ = {"t5": ("T5", _T5), "bart": ("Bart", _BART)}
+SEQ2SEQ = {"t5": ("T5", _T5), "bart": ("Bart", _BART), "mbart": ("MBart", _BART), "pegasus": ("Pegasus", _BART)}
 ENCODERS = {
     "bert": ("Bert", _COMMON | _NO_DROPOUT | {"intermediate_size": 32}),
     "roberta": ("Roberta", _COMMON | _NO_DROPOUT | {"intermediate_size": 32}),
+    "electra": ("Electra", _COMMON | _NO_DROPOUT | {"intermediate_size": 32, "embedding_size": 16}),
     "deberta": ("DebertaV2", _COMMON | _NO_DROPOUT | {"intermediate_size": 32, "type_vocab_size": 2}),
 }
 
@@ -79,7 +85,8 @@ def make(name: str, head: str = "", **changes) -> nn.Module:
         else (ENCODERS, "Model")
     )
     family, sizes = table[name]
-    config = getattr(transformers, family + "Config")(**(sizes | changes))
+    kind = "Gemma3TextConfig" if family == "Gemma3" else family + "Config"
+    config = getattr(transformers, kind)(**(sizes | changes))
     torch.manual_seed(0)
     head = head or ("LMHeadModel" if family == "GPT2" else default)
     return getattr(transformers, family + head)(config).eval()

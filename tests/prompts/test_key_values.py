@@ -7,10 +7,10 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
 
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, initialize_kv_prefix_from_past_key_values
-from peft.errors import StateError, UnsupportedError
+from peft.errors import ShapeError, StateError, UnsupportedError
 
 from .kit import CAUSAL, ENCODERS, SEQ2SEQ, TOKENS, VOCABULARY, adapted, batch, encoder, make
 
@@ -198,7 +198,7 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
 @pytest.mark.parametrize("head", TASKS)
 def test_encoders(name, head):
     base = make(name, head)
@@ -219,6 +219,36 @@ def test_models_without_a_cache_say_so():
     with pytest.raises(UnsupportedError, match="Prompt tuning and P-tuning work"):
         adapted(make("deberta"), p=prefix(task_type="FEATURE_EXTRACTION"))
     assert "deberta" in ENCODERS
+
+
+def test_models_that_cache_latents_say_so():
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1, "pad_token_id": 0}
+    base = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **latent))
+    with pytest.raises(UnsupportedError, match=r"latent attention.*P-tuning"):
+        adapted(base, p=prefix())(**batch())
+
+
+def test_masks_of_chunks_that_were_prepared_without_the_prompt_are_refused():
+    model, inputs = adapted(make("llama"), p=prefix()), batch(padded=None)
+    mask = {"full_attention": None, "chunked_attention": torch.ones(2, 1, 6, 6, dtype=torch.bool)}
+    with pytest.raises(UnsupportedError, match="dynamic cache"):
+        model(input_ids=inputs["input_ids"], attention_mask=mask)
+
+
+@pytest.mark.parametrize(("name", "room"), [("gpt2", 61), ("opt", 61), ("bart", 61), ("roberta", 60), ("bert", 61)])
+def test_prefix_and_input_must_fit_the_positions_that_were_learnt(name, room):
+    task = "SEQ_2_SEQ_LM" if name in SEQ2SEQ else "CAUSAL_LM" if name in CAUSAL else "FEATURE_EXTRACTION"
+    model = adapted(make(name), p=prefix(task_type=task))
+    ids = torch.full((1, room + 1), 7)
+    more = {"decoder_input_ids": ids} if name in SEQ2SEQ else {}
+    with pytest.raises(ShapeError, match=f"Cut the input to {room} tokens"):
+        model(input_ids=ids, **more)
+    model(input_ids=ids[:, 1:], **{key: value[:, 1:] for key, value in more.items()})
+    padded = torch.cat([ids[:, 1:], torch.zeros(1, 3, dtype=torch.long)], 1)
+    if name in ("opt", "roberta"):  # where padding takes no position
+        model(input_ids=padded, attention_mask=(padded > 0).long())
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "falcon_alibi"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import M2M100Config, M2M100ForConditionalGeneration
 
 from peft import (
     CPTConfig,
@@ -13,10 +14,10 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
-from peft.errors import ConfigError, UnsupportedError
+from peft.errors import ConfigError, ShapeError, UnsupportedError
 from peft.prompts.cpt import cpt_loss
 
-from .kit import CAUSAL, SEQ2SEQ, TOKENS, VOCABULARY, adapted, batch, encoder, make
+from .kit import CAUSAL, ENCODERS, SEQ2SEQ, TOKENS, VOCABULARY, adapted, batch, encoder, make
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -105,7 +106,7 @@ def test_seq2seq(name):
         assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False, **how), written)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
+@pytest.mark.parametrize("name", ENCODERS)
 def test_token_classification_and_segments(name):
     model, inputs = (
         adapted(make(name, "ForTokenClassification"), p=config(task_type="TOKEN_CLS")),
@@ -134,7 +135,7 @@ def test_question_answering_moves_the_span(name):
     assert want > 0
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
+@pytest.mark.parametrize("name", ENCODERS)
 def test_sequence_classification_and_features(name):
     inputs = batch(padded="right")
     model = adapted(make(name, "ForSequenceClassification"), p=config(task_type="SEQ_CLS"))
@@ -182,6 +183,36 @@ def test_each_sample_may_have_its_own_prompt(name):
         torch.testing.assert_close(together[i, -6:][real], alone[real], **CLOSE)
         lone = model.generate(**row, adapter_names=[adapter], max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert torch.equal(written[i, : lone.shape[1]], lone[0])
+
+
+@pytest.mark.parametrize(("name", "room"), [("gpt2", 61), ("opt", 61), ("bart", 61), ("roberta", 60), ("deberta", 61)])
+def test_prompt_and_input_must_fit_the_positions_that_were_learnt(name, room):
+    task = "SEQ_2_SEQ_LM" if name in SEQ2SEQ else "CAUSAL_LM" if name in CAUSAL else "FEATURE_EXTRACTION"
+    model = adapted(make(name), p=config(task_type=task))
+    ids = torch.full((1, room + 1), 7)
+    more = {"labels": ids[:, :3]} if name in SEQ2SEQ else {}
+    with pytest.raises(ShapeError, match=f"Cut the input to {room} tokens"):
+        model(input_ids=ids, **more)
+    model(input_ids=ids[:, 1:], **more)
+    if name in CAUSAL:  # left padding takes no position in generate
+        padded = {"input_ids": torch.cat([torch.zeros(1, 4, dtype=torch.long), ids[:, 2:]], 1)}
+        model.generate(**padded, attention_mask=(padded["input_ids"] > 0).long(), max_new_tokens=1, pad_token_id=0)
+        with pytest.raises(ShapeError, match="virtual tokens"):
+            model.generate(input_ids=ids, max_new_tokens=1, pad_token_id=0)
+
+
+def test_multitask_prompts_need_a_model_that_takes_embeddings_beside_labels():
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    model = adapted(
+        M2M100ForConditionalGeneration(M2M100Config(**sizes, **heads)),
+        p=config(MultitaskPromptTuningConfig, task_type="SEQ_2_SEQ_LM"),
+    )
+    inputs = batch() | {"task_ids": torch.tensor([0, 0])}
+    with pytest.raises(UnsupportedError, match="Pass decoder_input_ids without labels"):
+        model(**inputs, labels=inputs["input_ids"])
+    logits = model(**inputs, decoder_input_ids=inputs["input_ids"]).logits
+    assert logits.shape == (2, TOKENS + 6, VOCABULARY)
 
 
 def test_kinds_do_not_mix_in_one_batch():

@@ -37,6 +37,8 @@ class Scope:
             as keys and values.
         side: Which virtual tokens, see `VirtualTokens.tokens`.
         view: The cache view of the forward that is running, for layers that are checkpointed.
+        reentrant: Some of these layers are checkpointed reentrantly: they give gradients only if an input asks for
+            them, and prompts are not among the inputs.
     """
 
     site: Site
@@ -44,6 +46,7 @@ class Scope:
     virtual: bool = False
     side: int = 0
     view: Any = None
+    reentrant: bool = False
 
 
 class _Thread(threading.local):
@@ -84,6 +87,7 @@ class Site:
         self.handles = [
             stack.register_forward_pre_hook(self.before, with_kwargs=True),
             stack.register_forward_hook(self.after, with_kwargs=True),
+            stack.get_input_embeddings().register_forward_hook(self.embedded),
         ]
 
     def remove(self) -> None:
@@ -109,8 +113,15 @@ class Site:
             return None
         if opened.virtual:
             return _map_output(output, partial(_cut_tokens, length=opened.rows.length, first=_first(output)))
-        view, opened.view = kwargs.get("past_key_values"), None
+        view, opened.view, opened.reentrant = kwargs.get("past_key_values"), None, False
         return _map_output(output, lambda value: value.real if value is view else value)
+
+    def embedded(self, words: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Let embeddings ask for a gradient where reentrant checkpoints would give none otherwise."""
+        opened = _THREAD.scope
+        if opened is None or opened.site is not self or not opened.reentrant:
+            return None
+        return _requiring_grad(output)
 
 
 def site_of(base_model: nn.Module) -> Site:
@@ -147,16 +158,7 @@ def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple
     inputs = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
     batch, queries, device = inputs.shape[0], inputs.shape[1], inputs.device
     crossing = kwargs.get("encoder_hidden_states") is not None
-    real = kwargs.get("past_key_values")
-    if isinstance(real, (tuple, list)):
-        raise UnsupportedError("past_key_values is a tuple; pass a transformers Cache, DynamicCache(...) for instance.")
-    checkpointed = _restore_in_checkpoints(stack, opened) if stack.training and torch.is_grad_enabled() else []
-    if checkpointed:
-        real = None
-        if any(_is_reentrant(function) for function in checkpointed):
-            _let_inputs_require_grad(stack, kwargs)
-    elif real is None and _uses_cache(stack, kwargs, accepts):
-        real = _cache.new_cache(stack.config, crossing)
+    real = _real_cache(stack, kwargs, opened, accepts, crossing)
     view = opened.view = kwargs["past_key_values"] = _cache.prefixed(rows, real, crossing)
 
     shifts = rows.shifts(batch, device)
@@ -167,8 +169,29 @@ def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple
     if kwargs.get("cache_position") is not None:
         kwargs["cache_position"] = kwargs["cache_position"] + rows.length
     mask = kwargs.get("attention_mask")
+    # The length of a cache that is compiled with is a tensor, and not worth breaking the graph for.
+    past = 0 if real is None or getattr(real, "is_compileable", False) else real.get_seq_length()
+    _geometry.check_length(stack, rows.length, past + queries, kwargs.get("position_ids"), mask)
     if mask is not None or rows.ragged:
         kwargs["attention_mask"] = _masks.widened(mask, rows, view, (batch, queries), device, stack.config)
+
+
+def _real_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple[str, ...], crossing: bool) -> Any:
+    """The cache that stands behind the prompt: the caller's, the one that the stack would make, or none."""
+    from peft.prompts import _cache
+
+    real = kwargs.get("past_key_values")
+    if isinstance(real, (tuple, list)):
+        raise UnsupportedError("past_key_values is a tuple; pass a transformers Cache, DynamicCache(...) for instance.")
+    checkpointed = _restore_in_checkpoints(stack) if stack.training and torch.is_grad_enabled() else []
+    if checkpointed:
+        opened.reentrant = any(_is_reentrant(function) for function in checkpointed)
+        if opened.reentrant and kwargs.get("inputs_embeds") is not None:
+            kwargs["inputs_embeds"] = _requiring_grad(kwargs["inputs_embeds"])
+        return None
+    if real is None and _uses_cache(stack, kwargs, accepts):
+        return _cache.new_cache(stack.config, crossing)
+    return real
 
 
 def _prepend_tokens(stack: nn.Module, kwargs: dict, opened: Scope) -> None:
@@ -210,6 +233,8 @@ def prompt_arguments(
         made["position_ids"] = torch.cat([prompt.expand(*positions.shape[:-1], -1), positions + shifts], dim=-1)
     elif ragged and _geometry.position_embeddings(module):
         raise UnsupportedError(_RAGGED)
+    counted = mask if _geometry.counts_positions_along_mask(module) else None
+    _geometry.check_length(_geometry.reader(module), rows.length, length, made.get("position_ids"), counted)
     types = given.get("token_type_ids")
     if types is not None:
         made["token_type_ids"] = torch.cat([types.new_zeros(len(types), rows.length), types], dim=1)
@@ -268,7 +293,7 @@ class _Restoring:
         return self.function(layer, *args, **kwargs)
 
 
-def _restore_in_checkpoints(stack: nn.Module, opened: Scope) -> list[Any]:
+def _restore_in_checkpoints(stack: nn.Module) -> list[Any]:
     """The checkpoint functions of the stack's layers, each made to restore the prompt; empty if none is in use."""
     found = []
     for module in stack.modules():
@@ -290,14 +315,8 @@ def _is_reentrant(function: Any) -> bool:
     return getattr(function, "keywords", {}).get("use_reentrant", True)
 
 
-def _let_inputs_require_grad(stack: nn.Module, kwargs: dict) -> None:
-    """Reentrant checkpoints give gradients only if an input asks for them, and prompts are not among the inputs."""
-    embeds = kwargs.get("inputs_embeds")
-    if embeds is None:
-        embeds = stack.get_input_embeddings()(kwargs.pop("input_ids"))
-    if not embeds.requires_grad:
-        embeds = embeds.detach().requires_grad_()
-    kwargs["inputs_embeds"] = embeds
+def _requiring_grad(embeds: Tensor) -> Tensor:
+    return embeds if embeds.requires_grad else embeds.detach().requires_grad_()
 
 
 def _map_output(output: Any, change: Any) -> Any:

@@ -41,7 +41,7 @@ class PrefixedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         seen = self.in_sight(layer_idx)
-        prompt = self.rows.keys_values(layer_idx, key_states) if self.rows is not None and seen else None
+        prompt = self.rows.keys_values(layer_idx, key_states, value_states) if self.rows is not None and seen else None
         if self.real is not None:
             args, kwargs = self._real_positions(args, kwargs)
             key_states, value_states = self.real.update(key_states, value_states, layer_idx, *args, **kwargs)

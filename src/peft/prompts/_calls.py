@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft import registry, routing
 from peft.config import PromptLearningConfig, TaskType
-from peft.errors import ConfigError, PeftWarning
+from peft.errors import ConfigError, PeftWarning, UnsupportedError
 from peft.prompts import _geometry
 from peft.prompts._attach import is_checkpointed, no_scope, prompt_arguments, scope, site_of
 from peft.prompts._encoder import BasePromptEncoder, KeyValues
@@ -108,8 +108,8 @@ def get_prompt(model: Any, batch_size: int, task_ids: Tensor | None = None, max_
     cache = DynamicCache()
     encoder = rows.stacks[0][0]
     for layer in range(encoder.num_layers):
-        shape = (batch_size, encoder.num_heads, 1, encoder.token_dim // encoder.num_heads)
-        cache.update(*rows.keys_values(layer, like.new_empty(shape)), layer)
+        empty = like.new_empty(batch_size, encoder.num_heads, 0, encoder.token_dim // encoder.num_heads)
+        cache.update(*rows.keys_values(layer, empty, empty), layer)
     return cache
 
 
@@ -214,7 +214,7 @@ def _decoder_inputs(base: nn.Module, rows: Rows, kwargs: dict) -> dict:
     labels, ids, embeds = (kwargs.pop(name, None) for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds"))
     if embeds is None:
         if ids is None:
-            ids = base.prepare_decoder_input_ids_from_labels(labels=labels)
+            ids = _shifted_right(base, labels)
         embeds = base.get_decoder().get_input_embeddings()(ids)
     batch = len(embeds)
     kwargs["decoder_inputs_embeds"] = torch.cat([rows.tokens(batch, embeds, side=1), embeds], dim=1)
@@ -226,6 +226,21 @@ def _decoder_inputs(base: nn.Module, rows: Rows, kwargs: dict) -> dict:
     if labels is not None:
         kwargs["labels"] = torch.cat([labels.new_full((batch, rows.length), IGNORED_LABEL), labels], dim=1)
     return kwargs
+
+
+def _shifted_right(base: nn.Module, labels: Tensor | None) -> Tensor:
+    """The decoder's input ids that belong to labels, both of shape (batch, length)."""
+    kind = type(base).__name__
+    if labels is None:
+        raise ConfigError(f"{kind} needs labels, decoder_input_ids or decoder_inputs_embeds.")
+    prepare = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None:
+        raise UnsupportedError(
+            f"{kind} takes no decoder_inputs_embeds beside labels, and multitask prompts stand before the decoder's "
+            "input as well. Pass decoder_input_ids without labels, and take the loss from the logits: their first "
+            "num_virtual_tokens positions are the prompt's."
+        )
+    return prepare(labels=labels)
 
 
 def _encoder_inputs(base: nn.Module, rows: Rows, args: tuple, kwargs: dict) -> dict:

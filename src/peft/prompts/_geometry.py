@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig, TaskType
-from peft.errors import ConfigError, UnsupportedError
+from peft.errors import ConfigError, ShapeError, UnsupportedError
 from peft.prompts._encoder import KeyValues
 
 WIDTH = ("hidden_size", "n_embd", "d_model")
@@ -72,12 +72,51 @@ def is_encoder_decoder(base_model: nn.Module) -> bool:
 
 def position_embeddings(module: nn.Module) -> list[nn.Module]:
     """The learnt tables of absolute positions inside a module."""
-    return [m for name, m in module.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
+    return [
+        m
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+    ]
 
 
 def counts_positions_along_mask(module: nn.Module) -> bool:
     """Whether positions are derived from the mask of padding (OPT and its kin), so that they need not be given."""
     return any("attention_mask" in parameters(m) for m in position_embeddings(module))
+
+
+def check_length(module: nn.Module, prompt: int, length: int, positions: Tensor | None, mask: Any) -> None:
+    """Raise if a prompt and what follows it need more positions than the model's tables hold.
+
+    Args:
+        module: What reads the sequence.
+        prompt: Number of virtual tokens.
+        length: Number of tokens after them, padding included.
+        positions: Positions of the last of them, if the caller gives them.
+        mask: Of padding, (batch, keys); it matters where padding takes no position. Prepared masks are not looked at.
+
+    Raises:
+        ShapeError: the sequence is too long.
+    """
+    of_padding = isinstance(mask, Tensor) and mask.dim() == 2
+    for table in position_embeddings(module):
+        taken = 0 if table.padding_idx is None else table.padding_idx + 1
+        room = table.num_embeddings - taken - getattr(table, "offset", 0)
+        needed = prompt + length
+        if needed > room and positions is not None:
+            needed = int(positions.max()) + 1
+        elif needed > room and of_padding and (taken or "attention_mask" in parameters(table)):
+            needed = prompt + int(mask.sum(-1).max())
+        if needed > room:
+            raise ShapeError(
+                f"{prompt} virtual tokens and {needed - prompt} tokens after them need {needed} positions, and "
+                f"{type(module).__name__} has learnt {room}. Cut the input to {room - prompt} tokens (max_length of "
+                "the tokenizer), or take fewer virtual tokens."
+            )
+
+
+def reader(base_model: nn.Module) -> nn.Module:
+    """The part of a model that reads its input: the encoder of an encoder-decoder."""
+    return base_model.get_encoder() if is_encoder_decoder(base_model) else base_model
 
 
 def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

@@ -25,8 +25,14 @@ def widened(mask: Any, rows: Rows, view: View, shape: tuple[int, int], device: t
         config: Of the model.
     """
     batch, queries = shape
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    window = getattr(config, "sliding_window", None)
     if isinstance(mask, dict):
+        if "chunked_attention" in mask:
+            raise UnsupportedError(
+                "The masks of chunked attention were prepared before the prompt was there, which moves the bounds of "
+                "the chunks (generate does so for static caches). Use a dynamic cache with this model, or give the "
+                "mask of padding, of shape (batch, length)."
+            )
         windows = {name: None if name == "full_attention" else window for name in mask}
         return {name: _prepared(part, rows, view, shape, device, windows[name]) for name, part in mask.items()}
     if mask is None:

@@ -84,16 +84,20 @@ class Rows:
             [part.expand(batch, -1, -1) for part in parts], like.new_empty(batch, 0, like.shape[-1]), self.length
         )
 
-    def keys_values(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, each (batch, heads, length, head_dim), to stand before those of `like`."""
-        made = [self._stack_keys_values(stack, layer, like) for stack in self.stacks]
-        index = self.per_sample(len(like))
+    def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands before the given keys and values of a layer: each (batch, heads, length, head_dim)."""
+        batch, index = len(keys), self.per_sample(len(keys))
+        if keys.shape[-1] != values.shape[-1]:
+            raise UnsupportedError(
+                f"Layer {layer} caches keys of width {keys.shape[-1]} and values of width {values.shape[-1]} (latent "
+                "attention), and a prefix has one width for both. Use prompt tuning or P-tuning on this model."
+            )
+        made = [self._stack_keys_values(stack, layer, keys) for stack in self.stacks]
         if index is None:
-            keys, values = made[0]
-            return keys.expand(len(like), -1, -1, -1), values.expand(len(like), -1, -1, -1)
-        keys, values = (torch.stack([pair[i] for pair in made]) for i in (0, 1))
-        order = torch.tensor(index, device=like.device)
-        return keys[order], values[order]
+            before = made[0]
+            return before[0].expand(batch, -1, -1, -1), before[1].expand(batch, -1, -1, -1)
+        order = torch.tensor(index, device=keys.device)
+        return torch.stack([pair[0] for pair in made])[order], torch.stack([pair[1] for pair in made])[order]
 
     def _stack_keys_values(self, stack: Sequence[BasePromptEncoder], layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         parts = [encoder.layer(layer) for encoder in stack if isinstance(encoder, KeyValues)]
@@ -119,14 +123,13 @@ class FixedRows(Rows):
 
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
 
-    def keys_values(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = (t.to(like) for t in self.layers[layer])
-        if len(keys) == len(like):
-            return keys, values
-        if len(keys) == 1:
-            return keys.expand(len(like), -1, -1, -1), values.expand(len(like), -1, -1, -1)
-        times = _times(len(keys), len(like), "the inputs")
-        return keys.repeat_interleave(times, 0), values.repeat_interleave(times, 0)
+    def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        batch = len(keys)
+        first, second = (known.to(keys) for known in self.layers[layer])
+        if len(first) == 1:
+            return first.expand(batch, -1, -1, -1), second.expand(batch, -1, -1, -1)
+        times = _times(len(first), batch, "the inputs")
+        return first.repeat_interleave(times, 0), second.repeat_interleave(times, 0)
 
 
 def rows_of(
