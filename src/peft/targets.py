@@ -148,6 +148,10 @@ def complete(config: TargetedConfig, model: nn.Module) -> None:
     Raises:
         TargetError: nothing is known about the architecture.
     """
+    if stacked := getattr(config, "_in_stacks", None):  # names of layers that a loader has put into stacks
+        found = Names(stacked)
+        others = {entry for key, _ in _adaptable(model) if (entry := found.entry(key)) is not None}
+        config.target_modules = {e for e in config.target_modules or () if e not in stacked or e in others}
     if config.target_modules is not None or config.target_parameters:
         return
     kind = PeftType(config.peft_type).value

@@ -299,3 +299,28 @@ def train_parameters(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) / 10)
+
+
+def test_transformers_own_loading_stacks_experts(mixture, tmp_path):
+    kind, base = mixture
+    before = {n: p.detach().clone() for n, p in base.named_parameters() if p.dim() == 3}
+    change = write_as_4_57(tmp_path / "old", kind, base)
+    base.load_adapter(str(tmp_path / "old"))
+    for name, module in base.named_modules():
+        if name.endswith((".experts", ".experts.base_layer")) and hasattr(module, "merge"):
+            module.merge()
+    for name, expected in change.items():
+        path, _, leaf = name.rpartition(".")
+        now = base.get_submodule(path).get_base_layer()._parameters[leaf]
+        torch.testing.assert_close(now - before[name], expected, atol=1e-5, rtol=1e-4)
+    assert base.peft_config["default"].target_modules == (set(LAYERS[kind][1]) if kind == "qwen2_moe" else set())
+
+
+def test_transformers_own_loading_says_what_it_cannot_stack(mixture, tmp_path):
+    kind, base = mixture
+    write_as_4_57(tmp_path, kind, base)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["target_modules"] = LAYERS[kind][1][:1]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"PeftModel\.from_pretrained"):
+        base.load_adapter(str(tmp_path))
