@@ -69,9 +69,17 @@ def find(name: str) -> Any:
         kind = _peft_type(found.group(1))
         if kind is not None:
             return _of_method(kind, name)
-    if name.islower() and importlib.util.find_spec(f"peft.{name}") is not None:
-        return importlib.import_module(f"peft.{name}")
+    module = submodule("peft", name)
+    if module is not None:
+        return module
     raise AttributeError(f"module 'peft' has no attribute {name!r}.{nearest(name, _WHERE)}")
+
+
+def submodule(package: str, name: str) -> Any:
+    """A module of a package as its attribute, imported when it is asked for; None if there is no such file."""
+    if not name.islower() or name.startswith("__") or importlib.util.find_spec(f"{package}.{name}") is None:
+        return None
+    return importlib.import_module(f"{package}.{name}")
 
 
 def _peft_type(stem: str) -> str | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 """Paths of layers inside one expert of a mixture, which see the tokens that a router sends there."""
+_BY_NAME = ("_adapters", "_stored", "_banks", "_leaders", "_followers", "_originals", "_caches")
 _ADAPTER_STATE = ("base_layer", "_adapters", "_active_adapter", "merged_adapters")
 
 
@@ -42,6 +43,15 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
 
     host_cls: ClassVar[type[Host]]
     methods: ClassVar[tuple[str, ...]] = ()
+    merged_adapters: list[str]
+    _active_adapter: list[str]
+    _adapters: dict[str, Any]
+    _stored: dict[str, str]
+    _banks: dict[str, nn.Module]
+    _leaders: dict[str, AdaptedLayer]
+    _followers: dict[str, list[AdaptedLayer]]
+    _originals: dict[str, Any]
+    _caches: dict[str, Any]
 
     def __init__(
         self,
@@ -54,21 +64,12 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training
+        self._dispatched = self._uncalled = self._disable_adapters = False
+        # Past nn.Module.__setattr__, which looks for modules and parameters: there are thousands of layers.
+        self.__dict__.update({name: {} for name in _BY_NAME}, _active_adapter=[], merged_adapters=[])
         if parameter_name is not None:
             self.parameter_name = parameter_name
-        self.training = base_layer.training
-        self._adapters: dict[str, Any] = {}
-        self._stored: dict[str, str] = {}
-        self._banks: dict[str, nn.Module] = {}
-        self._dispatched = False
-        self._uncalled = False
-        self._leaders: dict[str, AdaptedLayer] = {}
-        self._followers: dict[str, list[AdaptedLayer]] = {}
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
-        self._originals: dict[str, Any] = {}
-        self._caches: dict[str, Any] = {}
-        self.merged_adapters: list[str] = []
         if adapter_name is not None:
             kwargs.pop("is_target_conv_1d_layer", None)
             self.update_layer(adapter_name, config=config, **kwargs)
@@ -81,7 +82,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         """The base layer as a weight that acts."""
         if self.host_cls is ParameterHost:
             return ParameterHost(self.base_layer, self.parameter_name)
-        return self.host_cls(self.base_layer)
+        return self.host_cls(self._modules["base_layer"])  # type: ignore[arg-type]
 
     @property
     def frozen(self) -> Host:
@@ -171,7 +172,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         method, host = method_of(config), self.frozen
         meta = meta or host.device.type == "meta"
         settings, made = self._create(method, config, host, site, "meta" if meta else host.device, autocast)
-        self._forget(name)
+        if self._adapters:
+            self._forget(name)
         self._take_on(method)
         self._adapters[name] = config
         for stored, (slot, value) in made.items():
@@ -245,7 +247,10 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
                 stacklevel=3,
             )
         module = nn.Dropout(rate) if rate > 0 else nn.Identity()
-        self._modules.setdefault(field, nn.ModuleDict())[name] = module.train(self.training)  # type: ignore[index]
+        module.training = self.training
+        if field not in self._modules:
+            self._modules[field] = nn.ModuleDict()
+        self._modules[field]._modules[name] = module  # type: ignore[union-attr]
 
     def update_layer(
         self, adapter_name: str, r: int | None = None, lora_alpha: int | None = None, config: Any = None, **kwargs: Any
@@ -376,8 +381,10 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
             for slot, value in self.slots(name) if name in self._adapters else ():
+                trains = requires_grad and slot.trains
                 for parameter in _parameters(value):
-                    parameter.requires_grad_(requires_grad and slot.trains)
+                    if parameter.requires_grad is not trains:
+                        parameter.requires_grad_(trains)
 
     def _train_only_active(self, inference_mode: bool = False) -> None:
         active = () if inference_mode else self._active_adapter

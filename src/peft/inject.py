@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft import targets, whole
 from peft.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper, check_name
+from peft.bulk import bulk
 from peft.config import PeftType, TargetedConfig
 from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError, nearest
 from peft.hosts import Host, host_class
@@ -213,6 +214,27 @@ def inject(
         AdapterNameError: the name is taken, or can't be one.
     """
     check_name(adapter_name)
+    with bulk():
+        return _inject(
+            model,
+            config,
+            adapter_name,
+            root or model,
+            keys,
+            {"meta": low_cpu_mem_usage, "autocast": autocast_adapter_dtype},
+            create or wrap,
+        )
+
+
+def _inject(
+    model: nn.Module,
+    config: TargetedConfig,
+    adapter_name: str,
+    root: nn.Module,
+    keys: Sequence[str] | None,
+    options: dict[str, bool],
+    create: Callable[..., Any],
+) -> Plan:
     method = method_of(config)
     plan = make_plan(model, config, keys)
     check_unmatched(model, config, plan)
@@ -221,29 +243,19 @@ def inject(
     if method.copies is None:
         _follow_ties(config, method, plan, tied)
     undo = Undo()
-    disabled = any(module._disable_adapters for module in (*whole.layers(model), *whole.wrappers(model)))
-    frozen = base_parameters(model)
+    layers, wrappers = whole.adapted(model)
+    disabled = any(module._disable_adapters for module in (*layers, *wrappers))
+    frozen = base_parameters(model, wrappers)
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
         undo.later(lambda: [p.requires_grad_(True) for p in frozen])  # type: ignore[func-returns-value]
-        _adapt_layers(
-            model,
-            method,
-            config,
-            adapter_name,
-            plan,
-            undo,
-            root or model,
-            low_cpu_mem_usage,
-            autocast_adapter_dtype,
-            create,
-        )
+        _adapt_layers(model, method, config, adapter_name, plan, undo, root, options, create)
         for key, lead in plan.followers.items():
             leader = _layer_of(_at(model, lead), None)
             wrap(model, config, adapter_name, Target(key, _at(model, key)), {"leader": leader}, undo)
-        _train_whole(model, config, adapter_name, plan.whole, tied, undo, autocast_adapter_dtype)
-        _train_tokens(model, config, adapter_name, plan.tokens, tied, undo, low_cpu_mem_usage, autocast_adapter_dtype)
+        _train_whole(model, config, adapter_name, plan.whole, tied, undo, options["autocast"])
+        _train_tokens(model, config, adapter_name, plan.tokens, tied, undo, **options)
     except BaseException:
         undo.back()
         raise
@@ -255,9 +267,10 @@ def inject(
     return plan
 
 
-def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+def base_parameters(model: nn.Module, wrappers: Iterable[AuxiliaryTrainingWrapper] | None = None) -> list[nn.Parameter]:
     """Parameters that require gradients and that no adapter trains: not the copies, nor the biases, of those before."""
-    theirs = {id(p) for wrapper in whole.wrappers(model) for name in wrapper.names() for p in wrapper.trained(name)}
+    wrappers = whole.wrappers(model) if wrappers is None else wrappers
+    theirs = {id(p) for wrapper in wrappers for name in wrapper.names() for p in wrapper.trained(name)}
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         theirs.update(id(p) for _, p in bias_parameters(model, getattr(config, "bias", "none"), name))
     every = (p for _, m in whole.walk(model) for p in m._parameters.values() if p is not None)
@@ -330,10 +343,10 @@ def _adapt_layers(
     plan: Plan,
     undo: Undo,
     root: nn.Module,
-    meta: bool,
-    autocast: bool,
-    create: Callable[..., None] | None,
+    options: dict[str, bool],
+    create: Callable[..., Any],
 ) -> None:
+    autocast = options["autocast"]
     if method.copies is not None:
         _train_whole(model, config, adapter_name, [t.key for t in plan.targets], {}, undo, autocast, method.copies)
         return
@@ -350,8 +363,7 @@ def _adapt_layers(
     for target in plan.targets:
         key = target.key if target.parameter is None else f"{target.key}.{target.parameter}"
         site = Site(key, places[key], len(hosts), shared)
-        options = {"site": site, "meta": meta, "autocast": autocast, "banks": banks}
-        (create or wrap)(model, config, adapter_name, target, options, undo)
+        create(model, config, adapter_name, target, {"site": site, "banks": banks, **options}, undo)
 
 
 def _note_layout(config: Any, hosts: Iterable[Host]) -> None:
@@ -390,6 +402,7 @@ def wrap(
     else:
         inner = holder.base_layer if holder is not None else module
         layer = adapt(inner, method, target.key, target.parameter)
+        layer._active_adapter = [adapter_name]
         layer.add_adapter(adapter_name, config, **options)
         if holder is not None:
             holder.base_layer = layer

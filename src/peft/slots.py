@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -76,6 +77,13 @@ _LARGEST = 1 << 40
 Shape = str | Callable[["Sizes"], Any]
 
 
+@cache
+def _terms(spec: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The factors and divisors of each dimension of a shape."""
+    terms = [term.split("/") for term in spec.split()]
+    return [(tuple(head.split("*")), tuple(divisors)) for head, *divisors in terms]
+
+
 class Sizes(dict):
     """Sizes of one adapter on one layer: `in`, `out`, the layout of the host, and the method's settings."""
 
@@ -93,15 +101,14 @@ class Sizes(dict):
         """
         if callable(spec):
             return tuple(spec(self))
-        return tuple(self._size(term) for term in spec.split())
+        return tuple(self._size(*term) for term in _terms(spec))
 
-    def _size(self, term: str) -> int:
-        head, *divisors = term.split("/")
-        value = math.prod(self._value(factor) for factor in head.split("*"))
+    def _size(self, factors: tuple[str, ...], divisors: tuple[str, ...]) -> int:
+        value = math.prod(self._value(factor) for factor in factors)
         for divisor in divisors:
             by = self._value(divisor)
             if value % by:
-                raise ConfigError(f"{head} = {value} must be divisible by {divisor} = {by}")
+                raise ConfigError(f"{'*'.join(factors)} = {value} must be divisible by {divisor} = {by}")
             value //= by
         return value
 
@@ -199,6 +206,11 @@ def tensor_of(value: nn.Module | Tensor) -> Any:
 
     A group stays a dict; several leaves are a list.
     """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, nn.Linear):
+        weight = value._parameters.get("weight")  # attributes of modules are looked up slowly
+        return value.weight if weight is None else weight
     if isinstance(value, (nn.ParameterDict, BufferDict)):
         return value
     if isinstance(value, nn.ModuleList):

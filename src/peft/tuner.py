@@ -139,8 +139,6 @@ class BaseTuner(nn.Module):
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else list(adapter_name)
         if len(self.active_adapters) == 1:
             self.active_adapter = self.active_adapters[0]
-        whole.train_banks(self.model, [n for n in self.peft_config if n not in self.active_adapters], False)
-        whole.train_banks(self.model, self.active_adapters, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""

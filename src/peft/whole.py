@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,9 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
             layer.set_adapter(names, inference_mode)
     for wrapper in besides:
         wrapper.set_adapter(names, inference_mode)
+    for bank in _banks(every):
+        train_bank(bank, list(bank), False)
+        train_bank(bank, names, not inference_mode)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
@@ -136,11 +139,11 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
 
 def banks(model: nn.Module) -> list[Any]:
     """What layers share: per-adapter dicts of the root module."""
-    found: dict[int, Any] = {}
-    for layer in layers(model):
-        for bank in layer._banks.values():
-            found[id(bank)] = bank
-    return list(found.values())
+    return _banks(layers(model))
+
+
+def _banks(every: Iterable[AdaptedLayer]) -> list[Any]:
+    return list({id(bank): bank for layer in every for bank in layer._banks.values()}.values())
 
 
 def enable_adapters(model: nn.Module, enabled: bool) -> None:
@@ -153,15 +156,15 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     """Let adapters train, or freeze them."""
     for module in (*layers(model), *wrappers(model)):
         module.set_requires_grad(adapter_names, requires_grad)
-    train_banks(model, [adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
-
-
-def train_banks(model: nn.Module, adapter_names: Sequence[str], requires_grad: bool) -> None:
-    """Let what the layers of adapters share train, or freeze it."""
     for bank in banks(model):
-        for name in adapter_names:
-            if name in bank and isinstance(bank[name], (nn.Parameter, nn.ParameterDict)):
-                bank[name].requires_grad_(requires_grad)
+        train_bank(bank, [adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
+
+
+def train_bank(bank: Any, adapter_names: Sequence[str], requires_grad: bool) -> None:
+    """Let what the layers of adapters share train, or freeze it."""
+    for name in adapter_names:
+        if name in bank and isinstance(bank[name], (nn.Parameter, nn.ParameterDict)):
+            bank[name].requires_grad_(requires_grad)
 
 
 def stand_by(model: nn.Module, adapter_name: str, active: Sequence[str]) -> None:
@@ -175,7 +178,8 @@ def stand_by(model: nn.Module, adapter_name: str, active: Sequence[str]) -> None
             module.set_adapter(active)
         else:
             module.set_requires_grad(adapter_name, False)
-    train_banks(model, [adapter_name], False)
+    for bank in _banks(every):
+        train_bank(bank, [adapter_name], False)
 
 
 def unload(

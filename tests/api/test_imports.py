@@ -141,3 +141,26 @@ def test_import_is_lazy():
 def test_config_needs_no_transformers():
     code = "import peft; peft.LoraConfig(r=4, task_type=peft.TaskType.CAUSAL_LM)"
     assert not {"transformers", "accelerate"} & _loaded_after(code)
+
+
+ATTRIBUTES = [
+    "peft.tuners.lora.LoraLayer",
+    "peft.tuners.lora.layer.Linear",
+    "peft.tuners.lora.config.LoraConfig",
+    "peft.tuners.lora.model.LoraModel",
+    "peft.tuners.LoraModel",
+    "peft.tuners.ia3.layer.IA3Layer",
+    "peft.tuners.tuners_utils.BaseTunerLayer",
+    "peft.tuners.adamss.asa_callback",
+    "peft.utils.constants.UPCAST_DTYPES",
+    "peft.utils.other.transpose",
+    "peft.utils.save_and_load.set_peft_model_state_dict",
+    "peft.optimizers.create_loraplus_optimizer",
+    "peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING",
+]
+
+
+def test_modules_are_attributes_of_their_packages():
+    code = "; ".join(["import peft", *ATTRIBUTES])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft._names import submodule
 from peft.tuners import _paths
 
 _paths.install()
@@ -12,4 +13,4 @@ def __getattr__(name: str) -> Any:
 
     if name.startswith("_"):
         raise AttributeError(name)
-    return getattr(peft, name)
+    return submodule(__name__, name) or getattr(peft, name)

@@ -44,6 +44,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _lookup(kind: str, home: ModuleType, name: str) -> Any:
+    if name in _PARTS or f"{kind.lower()}.{name}" in _ELSEWHERE:
+        return importlib.import_module(f"{_ROOT}.{kind.lower()}.{name}")
     if not name.startswith("__"):
         from peft.layer import layer_class, marker
         from peft.method import WeightMethod

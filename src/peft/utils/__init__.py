@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from peft._names import submodule
+
 _HOMES = {
     "peft.config": "PeftType TaskType CONFIG_NAME",
     "peft.errors": "PeftError PeftWarning NoMatchingPeftModuleError",
@@ -27,6 +29,9 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_WHERE[name]), name)
     if name.startswith("TRANSFORMERS_MODELS_TO_"):
         return getattr(import_module("peft.utils.constants"), name)
+    module = submodule(__name__, name)
+    if module is not None:
+        return module
     raise AttributeError(f"module 'peft.utils' has no attribute {name!r}")
 
 

@@ -15,3 +15,5 @@ from peft.tuners.lora.layer import LoraLayer as LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention as MultiheadAttention
 from peft.tuners.lora.layer import ParamWrapper as ParamWrapper
 from peft.tuners.lora.model import LoraModel as LoraModel
+
+from peft.tuners.lora import config as config  # isort: skip
