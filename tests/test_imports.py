@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 # module's name decides its rank.
 RANKS = [
     ["peft.errors", "peft.version", "peft.bulk"],
-    ["peft.registry", "peft.typecheck", "peft.routing", "peft.patterns"],
+    ["peft.registry", "peft.typecheck", "peft.routing", "peft.patterns", "peft._names"],
     ["peft.checkpoint.files", "peft.checkpoint.hub", "peft.checkpoint.header", "peft.checkpoint.strict_json"],
     ["peft.checkpoint.tensors", "peft.checkpoint.fingerprint", "peft.checkpoint.report", "peft.checkpoint"],
     ["peft.operators"],
