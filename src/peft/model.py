@@ -82,7 +82,7 @@ class PeftModel(nn.Module):
 
     def _fit_base(self, model: nn.Module) -> None:
         """Set up what the base model was told before it had adapters: checkpointing, slices of weights."""
-        if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        if any(m.__dict__.get("gradient_checkpointing", False) for _, m in whole.walk(model)):
             self.prepare_model_for_gradient_checkpointing(model)
         config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
