@@ -20,7 +20,7 @@ from peft.hosts import Host
 from peft.hosts.parameter import ParameterHost, lend
 from peft.method import Site, WeightMethod, method_of
 from peft.parts import Parts
-from peft.slots import Sizes, Slot, adapter_dtype, container, create
+from peft.slots import Sizes, Slot, adapter_dtype, create, room
 
 if TYPE_CHECKING:
     from peft.layer import AdaptedLayer
@@ -178,9 +178,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         self._adapters[name] = config
         for stored, (slot, value) in made.items():
             self._stored[slot.name] = stored
-            if stored not in self._modules:
-                self._modules[stored] = container(value, slot.is_saved(config))
-            self._modules[stored][name] = value  # type: ignore[index]
+            held = self._modules[stored] = room(self._modules.get(stored), value, slot.is_saved(config))
+            held[name] = value  # type: ignore[index]
         if method.dropout:
             self._add_dropout(method.dropout, name, config, site)
         for setting in method.settings:
@@ -224,13 +223,6 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         except ConfigError as error:
             where = f" on {site.key!r} ({type(host.module).__name__}, {host.in_features} in, {host.out_features} out)"
             raise TargetError(f"{method.peft_type}{where}: {error}") from None
-        for stored, (slot, value) in made.items():
-            held = self._modules.get(stored)
-            if held is not None and type(held) is not type(container(value, slot.is_saved(config))):
-                raise TargetError(
-                    f"{method.peft_type} on {site.key!r}: {' and '.join(self.methods)} keeps its own kind of "
-                    f"{stored!r} there, so the two can't share a layer. Give them different target_modules."
-                )
         return settings, made
 
     def _take_on(self, method: type[WeightMethod]) -> None:

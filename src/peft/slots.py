@@ -71,6 +71,46 @@ class BufferDict(nn.Module):
         return self._buffers.keys()
 
 
+class AnyDict(nn.ModuleDict):
+    """Modules, parameters and buffers by name: where methods call different things alike, as LoRA and AdaLoRA do."""
+
+    def _kinds(self) -> tuple[dict[str, Any], ...]:
+        return self._modules, self._parameters, self._buffers
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name in self:
+            del self[name]
+        kind = 0 if isinstance(value, nn.Module) else 1 if isinstance(value, nn.Parameter) else 2
+        self._kinds()[kind][name] = value
+
+    def _kind(self, name: str) -> dict[str, Any]:
+        return next((kind for kind in self._kinds() if name in kind), self._modules)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._kind(name)[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._kind(name)[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kind(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._modules, **self._parameters, **self._buffers})
+
+    def __len__(self) -> int:
+        return sum(map(len, self._kinds()))
+
+    def keys(self) -> Any:
+        return dict.fromkeys(self).keys()
+
+    def items(self) -> Any:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return {name: self[name] for name in self}.values()
+
+
 _LARGEST = 1 << 40
 """More elements than any adapter's tensor has: a mistake in a config."""
 
@@ -199,6 +239,18 @@ def container(value: nn.Module | Tensor, saved: bool) -> nn.Module:
     if isinstance(value, nn.Parameter):
         return nn.ParameterDict()
     return nn.ModuleDict() if isinstance(value, nn.Module) else BufferDict(persistent=saved)
+
+
+def room(held: nn.Module | None, value: nn.Module | Tensor, saved: bool) -> nn.Module:
+    """A per-adapter dict for such a value beside those that are there: `held` itself, if it can take it."""
+    fresh = container(value, saved)
+    if held is None or type(held) in (type(fresh), AnyDict):
+        return fresh if held is None else held
+    mixed = AnyDict()
+    for name, other in held.items():  # type: ignore[operator]
+        mixed[name] = other
+    mixed.training = held.training
+    return mixed
 
 
 def tensor_of(value: nn.Module | Tensor) -> Any:

@@ -77,9 +77,9 @@ class AdaLoraConfig(LoraConfig):
 class AdaLora(WeightMethod, peft_type="ADALORA", config=AdaLoraConfig):
     prefix = "lora_"
     slots = (
-        Slot("lora_A", "r in"),
+        Slot("lora_A", "r in", factor=True),
         Slot("lora_E", "r 1"),
-        Slot("lora_B", "out r"),
+        Slot("lora_B", "out r", factor=True),
         Slot("ranknum", "1", trains=False, saved=False),
     )
     settings = ("r", "lora_alpha", "scaling", "kept")

@@ -60,7 +60,7 @@ class RankAllocator:
         config = self.peft_config
         for key, layer, _ in self._layers(model):
             for factor in _FACTORS:
-                p = getattr(layer, factor)[self.adapter_name]
+                p = getattr(layer.parts(self.adapter_name), factor)
                 if p.grad is None:
                     continue
                 name, now = f"{key}.{factor}", (p * p.grad).abs()
@@ -123,4 +123,5 @@ class RankAllocator:
 def cut(name: str, tensor: Tensor, kept: list[bool]) -> Tensor:
     """The ranks of a factor that are left: columns of B, rows of A and E."""
     index = torch.tensor(kept, device=tensor.device)
-    return (tensor[:, index] if "lora_B" in name else tensor[index]).contiguous()
+    columns = "lora_B" in name or "lora_embedding_B" in name
+    return (tensor[:, index] if columns else tensor[index]).contiguous()

@@ -88,7 +88,8 @@ def orthogonality(tuner: Any) -> Tensor | float:
         layers = [layer for layer in _layers(tuner, adapter).values() if not layer.disable_adapters]
         terms = []
         for layer in layers:
-            for factor in (layer.lora_A[adapter], layer.lora_B[adapter].mT):
+            p = layer.parts(adapter)
+            for factor in (p.lora_A, p.lora_B.mT):
                 gram = factor @ factor.mT
                 terms.append(
                     torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
@@ -130,7 +131,7 @@ def resize_modules(tuner: Any, rank_pattern: Mapping[str, list[bool]], adapter_n
         if kept is None or len(kept) != len(layer.lora_E[adapter_name]):
             continue
         for name in ("lora_A", "lora_B", "lora_E"):
-            held = getattr(layer, name)
+            held = layer._modules[layer._stored[name]]
             old = held[adapter_name]
             held[adapter_name] = nn.Parameter(cut(name, old.detach(), kept), requires_grad=old.requires_grad)
         layer.r[adapter_name], layer.kept[adapter_name] = sum(kept), None
@@ -144,6 +145,6 @@ def resize_state_dict(
     for entry, kept in rank_pattern.items():
         path = entry.rpartition(".lora_E")[0]
         for name, tensor in state_dict.items():
-            if any(f"{path}.{f}" in name for f in ("lora_A", "lora_B", "lora_E")) and len(kept) in tensor.shape:
+            if f"{path}.lora_" in name and len(kept) in tensor.shape:
                 result[name] = cut(name, tensor, kept)
     return result
