@@ -208,12 +208,12 @@ def load_tensors(
             continue
         _assign(model, name, tensor, current.get(name), real.get(name), device, replaced)
     keys.share(model, adapter_name, replaced)
+    _fill_missing(model, config, adapter_name, [n for n in (*report.missing_keys, *wrong) if n in real], real)
     with torch.no_grad():
         for layer in whole.layers(model):
             if adapter_name in layer.available_adapters and adapter_name not in layer._leaders:
                 parts = layer.parts(adapter_name)
                 parts.method.loaded(parts, layer.frozen)
-    _fill_missing(model, config, adapter_name, [n for n in (*report.missing_keys, *wrong) if n in real], real, placed)
     return report
 
 
@@ -362,28 +362,29 @@ def _fill_missing(
     adapter: str,
     missing: list[str],
     real: Mapping[str, keys.Entry],
-    placed: Mapping[str, Tensor],
 ) -> None:
     """Give layers whose tensors a file lacks the neutral start of their method, so that nothing random is left."""
     layers = {id(real[n].layer): real[n].layer for n in missing if real[n].layer is not None}
     if not layers:
         return
     neutral = config
-    for name in ("init_lora_weights", "init_weights"):
-        if getattr(config, name, True) is False:
-            neutral = replace(neutral, **{name: True})
+    if getattr(config, "init_lora_weights", True) is not True:
+        neutral = replace(neutral, init_lora_weights=True)
+    if getattr(config, "init_weights", True) is False:
+        neutral = replace(neutral, init_weights=True)
+    replaced: list[tuple[Tensor, Tensor]] = []
+    current = _tensors(model, adapter)
+    for name in missing:
+        old, layer = current[name], real[name].layer
+        if old.device.type == "meta" and layer is not None:
+            keys.assign(_unwrapped(model), name, torch.empty_like(old, device=layer.frozen.device), replaced)
+    keys.share(model, adapter, replaced)
     for layer in layers.values():
         assert isinstance(layer, AdaptedLayer)
+        layer._adapters[adapter] = neutral
         with torch.no_grad():
-            if any(p.device.type == "meta" for p in layer.parameters()):
-                active = layer.active_adapters
-                layer.add_adapter(adapter, neutral)
-                layer.set_adapter(active, inference_mode=config.inference_mode)
-            else:
-                saved = layer._adapters[adapter]
-                layer._adapters[adapter] = neutral
-                method_of(config).reset(layer.parts(adapter), layer.host)
-                layer._adapters[adapter] = saved
+            method_of(config).reset(layer.parts(adapter), layer.frozen)
+        layer._adapters[adapter] = config
 
 
 def describe(state: Mapping[str, Tensor]) -> int:
