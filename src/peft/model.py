@@ -739,7 +739,8 @@ class PeftModel(nn.Module):
             raise
         if not is_trainable:
             self.set_requires_grad(adapter_name, False)
-            self.eval()
+            if any(m.training for _, m in whole.walk(self)):  # what was added is as the layers around it are
+                self.eval()
         return report
 
     def _names(self) -> list[str]:
