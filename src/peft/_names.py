@@ -16,8 +16,8 @@ _HOMES: dict[str, str] = {
     "peft.model": "PeftModel",
     "peft.tasks": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction "
-        "PeftModelForQuestionAnswering "
-        "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
+        "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
+        "PeftModelForTokenClassification"
     ),
     "peft.mixed_model": "PeftMixedModel",
     "peft.mapping_func": "get_peft_model inject_adapter_in_model",

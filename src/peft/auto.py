@@ -25,8 +25,7 @@ def check_import_allowlist(allowlist: list[str], parent_name: str) -> None:
     if parent_name.partition(".")[0] not in allowlist:
         raise ConfigError(
             f"The adapter names a base model class in {parent_name!r}. A file may not choose what is imported: load "
-            f"the base "
-            f"model yourself and use PeftModel.from_pretrained, or pass "
+            "the base model yourself and use PeftModel.from_pretrained, or pass "
             f"import_allowlist={[parent_name.partition('.')[0]]}."
         )
 
@@ -75,8 +74,7 @@ class AutoPeftModel:
         if not base_name:
             raise AdapterNotFoundError(
                 f"The adapter {os.fspath(pretrained_model_name_or_path)!r} does not say which base model it belongs "
-                f"to. Load the "
-                "base model yourself and use PeftModel.from_pretrained(base_model, adapter)."
+                "to. Load the base model yourself and use PeftModel.from_pretrained(base_model, adapter)."
             )
         base_options = {k: v for k, v in kwargs.items() if k != "subfolder"}
         base = cls._base_class(adapter, import_allowlist).from_pretrained(

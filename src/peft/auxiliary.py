@@ -151,9 +151,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         inside = next((m for m in self.original_module.modules() if isinstance(m, AdaptedLayer)), None)
         if inside is not None:
             raise TargetError(
-                f"A {type(self.original_module).__name__} can't be trained whole (modules_to_save) while layers "
-                f"inside it "
-                f"are adapted by {inside.available_adapters}; delete those first, or adapt the layers here as well."
+                f"A {type(self.original_module).__name__} can't be trained whole (modules_to_save) while layers inside "
+                f"it are adapted by {inside.available_adapters}; delete those first, or adapt the layers here as well."
             )
         made = copy.deepcopy(self.original_module)
         for module in made.modules():
@@ -246,6 +245,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """An embedding (or the output layer tied to it) of which some rows train.
 
+    The rows replace those of the embedding after all other adapters of it, in whatever order they are active.
     `token_adapter` is the embedding, adapted by the method TRAINABLE_TOKENS.
     """
 
@@ -371,9 +371,8 @@ def check_name(adapter_name: str) -> None:
         )
     if hasattr(nn.ModuleDict(), adapter_name):
         raise AdapterNameError(
-            f"{adapter_name!r} can't name an adapter: adapters are entries of torch modules, which have an "
-            f"attribute of that "
-            f"name. Choose another, such as {adapter_name + '_adapter'!r}."
+            f"{adapter_name!r} can't name an adapter: adapters are entries of torch modules, which have an attribute "
+            f"of that name. Choose another, such as {adapter_name + '_adapter'!r}."
         )
 
 

@@ -201,8 +201,7 @@ class PeftConfigMixin:
             hints = "".join(nearest(key, known) for key in meaningful[:1])
             warnings.warn(
                 f"{CONFIG_NAME} was written by peft {version} and sets {meaningful}, which {cls.__name__} does not "
-                f"know; "
-                f"they are ignored, and the adapter may behave differently.{hints}",
+                f"know; they are ignored, and the adapter may behave differently.{hints}",
                 PeftWarning,
                 stacklevel=3,
             )
@@ -260,8 +259,7 @@ class TargetedConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Names (a module matches if its name equals an entry or ends with '.' + entry), a regex "
-            "(full match), "
-            "'all-linear', or None for the default of the model's architecture."
+            "(full match), 'all-linear', or None for the default of the model's architecture."
         },
     )
     exclude_modules: list[str] | set[str] | str | None = field(
@@ -293,8 +291,7 @@ class TargetedConfig(PeftConfig):
         default=False,
         metadata={
             "help": "Accept entries of the lists above (and of patterns) that match nothing, for one list that "
-            "serves several "
-            "models. Never saved."
+            "serves several models. Never saved."
         },
     )
     bias: str = field(

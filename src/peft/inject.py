@@ -293,8 +293,7 @@ def _follow_ties(config: TargetedConfig, method: WeightMethod, plan: Plan, tied:
         if not method.mergeable:
             raise TargetError(
                 f"{mine[0].key!r} shares its weight with {partners}, and {method.peft_type} has no weight that they "
-                f"could "
-                "share. Set ensure_weight_tying=False to adapt it alone."
+                "could share. Set ensure_weight_tying=False to adapt it alone."
             )
         leader = next((t for t in mine if t.host.one_hot), mine[0]).key
         plan.followers.update({path: leader for path in others if path != leader})
@@ -541,8 +540,7 @@ def _keep_tied(config: TargetedConfig, what: str, key: str, partners: list[str])
     if not config.ensure_weight_tying:
         warnings.warn(
             f"{key!r} shares its weight with {partners}, but ensure_weight_tying is False: {what} changes {key!r} "
-            f"alone, and "
-            "after merging the two are no longer tied.",
+            "alone, and after merging the two are no longer tied.",
             PeftWarning,
             stacklevel=4,
         )

@@ -52,8 +52,7 @@ def get_peft_model(
     if isinstance(model, PeftModel) or has_adapters(model):
         warnings.warn(
             "The model has adapters already. To add another one, call model.add_adapter(name, config); to start "
-            "afresh, "
-            "call model.unload() first.",
+            "afresh, call model.unload() first.",
             PeftWarning,
             stacklevel=2,
         )

@@ -536,9 +536,8 @@ class PeftModel(nn.Module):
         for name in names:
             if path_initial_model_for_weight_conversion is not None:
                 raise StateError(
-                    f"path_initial_model_for_weight_conversion: adapter {name!r} did not change the base weights, "
-                    f"so there is "
-                    "nothing to convert. Leave it out."
+                    f"path_initial_model_for_weight_conversion: adapter {name!r} did not change the base weights, so "
+                    "there is nothing to convert. Leave it out."
                 )
             self._save_one(name, folder, given, safe_serialization, save_embedding_layers, is_main_process, original)
         if is_main_process:
@@ -765,10 +764,9 @@ class PeftModel(nn.Module):
         found = [d for d in fingerprint.compare(saved, current) if not d.harmless and d.what != "missing"]
         if found:
             raise BaseMismatchError(
-                f"The adapter in {str(path)!r} was trained on another base model: {fingerprint.explain(found)} "
-                "Load the base model that its config names "
-                f"({self.peft_config[adapter_name].base_model_name_or_path!r}), or pass check_base=False to load it "
-                f"all the same."
+                f"The adapter in {str(path)!r} was trained on another base model: {fingerprint.explain(found)} Load "
+                f"the base model that its config names ({self.peft_config[adapter_name].base_model_name_or_path!r}), "
+                "or pass check_base=False to load it all the same."
             )
 
 

@@ -356,8 +356,7 @@ def demand(config: TargetedConfig, model: nn.Module, matches: Matches) -> None:
     layers = f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
     raise NoMatchingPeftModuleError(
         f"Target modules {shown} not found in the base model{layers}. Please check the target modules and try "
-        f"again.{hint} "
-        f"Modules here: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
+        f"again.{hint} Modules here: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
     )
 
 

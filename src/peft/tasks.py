@@ -15,8 +15,7 @@ _SEQ2SEQ = (
 )
 _QUESTION = (
     "input_ids attention_mask token_type_ids position_ids inputs_embeds start_positions end_positions "
-    "output_attentions "
-    "output_hidden_states return_dict task_ids"
+    "output_attentions output_hidden_states return_dict task_ids"
 )
 _FEATURES = "input_ids attention_mask inputs_embeds output_attentions output_hidden_states return_dict task_ids"
 

@@ -245,8 +245,8 @@ def encode(
 def _unsavable(name: str, tensor: Tensor, may_be_empty: bool) -> str | None:
     if type(tensor) not in _PLAIN:
         return (
-            f"{name!r} is a {type(tensor).__name__}; give a plain tensor "
-            "(a sharded one with `.full_tensor()`, a quantised one with `.dequantize()`)."
+            f"{name!r} is a {type(tensor).__name__}; give a plain tensor (a sharded one with `.full_tensor()`, a "
+            "quantised one with `.dequantize()`)."
         )
     if fault := _not_plain(tensor) if not tensor.is_meta else None:
         return f"{name!r} {fault}."

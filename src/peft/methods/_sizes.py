@@ -31,6 +31,6 @@ def must_divide(name: str, value: int, key: str, *sizes: int) -> None:
     if common % value:
         sides = " and ".join(str(size) for size in sizes)
         raise TargetError(
-            f"{name} = {value} does not divide {sides} of the layer {key!r}. "
-            f"The nearest that does is {nearest_divisor(common, value)}; all that do: {divisors(common)}."
+            f"{name} = {value} does not divide {sides} of the layer {key!r}. The nearest that does is "
+            f"{nearest_divisor(common, value)}; all that do: {divisors(common)}."
         )

@@ -41,8 +41,7 @@ def fill(p: Parts, host: Host, init: bool | str) -> None:
     else:
         raise UnsupportedError(
             f"init_lora_weights={init!r} starts from data and is not available in this version. Choose True, "
-            f"'gaussian' or "
-            "'orthogonal'; adapters that were trained with it load."
+            "'gaussian' or 'orthogonal'; adapters that were trained with it load."
         )
 
 
