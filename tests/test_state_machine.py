@@ -131,8 +131,10 @@ class Oracle:
         """The plain model that a stack of adapters means. Differentiable in their parameters."""
         model = copy.deepcopy(self.base)
         for place in PLACES:
-            for name in names:
-                layer = self.alone[name].base_model.model.get_submodule(place)
+            layers = {name: self.alone[name].base_model.model.get_submodule(place) for name in names}
+            # Trained rows stand around the embedding with all its adapters: they are what is left, in any order.
+            for name in sorted(names, key=lambda name: isinstance(layers[name], TrainableTokensWrapper)):
+                layer = layers[name]
                 only = self.only(name)
                 if isinstance(layer, TrainableTokensWrapper):
                     layer = layer.token_adapter
