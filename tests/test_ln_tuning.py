@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peft import LNTuningConfig, PeftModel, get_peft_model
-from peft.errors import ConfigError
+from peft.errors import ConfigError, StateError
 from peft.testing import same_state, state_of, train
 
 NORMS = {
@@ -92,6 +92,37 @@ def test_one_adapter_at_a_time():
     assert not [name for name in model.state_dict() if ".two." in name]
     with model.disable_adapter():
         assert torch.equal(model(X), base(X))
+
+
+@torch.no_grad()
+def test_merging_swaps_the_copy_in_and_unmerging_swaps_it_out(base):
+    model = adapted(base, "one", "two")
+    model.set_adapter("one")
+    before, y = state_of(model), model(X)
+    model.base_model.merge_adapter(safe_merge=True)
+    norm = model.base_model.model.norm
+    assert torch.equal(norm.base_layer.weight, norm.ln_tuning_layers["one"].weight)
+    assert torch.equal(model(X), y)
+    assert torch.equal(copy.deepcopy(model).merge_and_unload()(X), y)
+    with model.disable_adapter():
+        assert torch.equal(model(X), base(X))
+    with pytest.raises(ConfigError, match="one adapter"):
+        model.base_model.merge_adapter(["two"])
+    with pytest.raises(StateError, match="merged"):
+        model.delete_adapter("one")
+    assert torch.equal(copy.deepcopy(model).double().unload()(X.double()), copy.deepcopy(base).double()(X.double()))
+    model.base_model.unmerge_adapter()
+    same_state(state_of(model), before, "before merging and after unmerging")
+    assert torch.equal(model(X), y)
+
+
+@torch.no_grad()
+def test_a_broken_copy_is_not_merged():
+    model = adapted(Model(nn.LayerNorm(4)), "default")
+    model.base_model.model.norm.ln_tuning_layers["default"].weight[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.base_model.merge_adapter(safe_merge=True)
+    assert model.base_model.model.norm.merged_adapters == []
 
 
 def test_parameters_are_no_targets():

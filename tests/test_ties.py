@@ -46,6 +46,8 @@ def embeddings(model: nn.Module) -> tuple[AdaptedLayer, AdaptedLayer]:
 def effective(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     one, two = embeddings(model)
     with torch.no_grad():
+        if not isinstance(one, AdaptedLayer):  # copies of modules, by LN tuning
+            return one.weight, two.weight
         return one.effective()[0].mT, two.effective()[0]
 
 

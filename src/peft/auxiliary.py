@@ -146,7 +146,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Give an adapter its copy; with `tied_module`, one that shares that module's weight."""
         if isinstance(self.original_module, AdaptedLayer):
             raise TargetError(
-                "A layer can't be adapted and trained whole (modules_to_save) at once; choose one of the two."
+                "A layer can't be adapted and trained whole (modules_to_save, LN tuning) at once; choose one of them."
             )
         inside = next((m for m in self.original_module.modules() if isinstance(m, AdaptedLayer)), None)
         if inside is not None:
@@ -154,13 +154,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 f"A {type(self.original_module).__name__} can't be trained whole (modules_to_save) while layers inside "
                 f"it are adapted by {inside.available_adapters}; delete those first, or adapt the layers here as well."
             )
-        made = copy.deepcopy(self.original_module)
-        for module in made.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point():
-                    dtype = adapter_dtype(parameter.dtype, autocast)
-                    fresh = nn.Parameter(parameter.detach().to(dtype), requires_grad=True)
-                    module._parameters[name] = fresh
+        fresh: dict[int, Any] = {id(b): b.detach().clone() for b in self.original_module.buffers()}
+        for parameter in self.original_module.parameters():
+            floating = parameter.is_floating_point()
+            dtype = adapter_dtype(parameter.dtype, autocast) if floating else parameter.dtype
+            fresh[id(parameter)] = nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=floating)
+        made = copy.deepcopy(self.original_module, fresh)  # tensors by hand: fake ones don't survive a deepcopy
         if tied_module is not None:
             made.weight = tied_module.weight
         made.train(self.training)
@@ -210,6 +209,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         y = module(*(_cast(a, was, now) for a in args), **{k: _cast(v, was, now) for k, v in kwargs.items()})
         return _cast(y, now, was)
 
+    def check_merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise what `merge` would raise, and change nothing."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Nothing: copies run in place of their module, until they are unloaded."""
+
+    def unmerge(self) -> None:
+        """Nothing."""
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
@@ -217,13 +225,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         names = (
             self._active_adapter if adapter_names is None else [n for n in adapter_names if n in self.modules_to_save]
         )
-        if not merge or not names:
-            return self.original_module
-        made = self.modules_to_save[names[0]]
+        return self.settled(self.modules_to_save[names[0]]) if merge and names else self.original_module
+
+    def settled(self, trained: nn.Module) -> nn.Module:
+        """A copy as it stands in the base model: frozen, in the dtype of the original."""
         dtype = next((p.dtype for p in self.original_module.parameters() if p.is_floating_point()), None)
-        if dtype is not None:
-            made.to(dtype)
-        return made.requires_grad_(False)
+        return trained.to(dtype).requires_grad_(False)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -377,4 +384,6 @@ def check_name(adapter_name: str) -> None:
 
 
 def _cast(value: Any, was: torch.dtype, now: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(item, was, now) for item in value)
     return value.to(now) if isinstance(value, Tensor) and value.dtype == was else value

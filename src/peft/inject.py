@@ -347,7 +347,10 @@ def _adapt_layers(
 ) -> None:
     autocast = options["autocast"]
     if method.copies is not None:
-        _train_whole(model, config, adapter_name, [t.key for t in plan.targets], {}, undo, autocast, method.copies)
+        keys, tied = [t.key for t in plan.targets], tied_modules(model)
+        if config._from_file and config.ensure_weight_tying is None and any(_partners(tied, key) for key in keys):
+            config.ensure_weight_tying = False  # files that say nothing of ties were made without them
+        _train_whole(model, config, adapter_name, keys, tied, undo, autocast, method.copies)
         return
     hosts: dict[str, Host] = {}
     for target in plan.targets:
@@ -390,7 +393,8 @@ def wrap(
     holder = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
     if isinstance(module, ModulesToSaveWrapper):
         raise TargetError(
-            f"{target.key!r} is trained whole by another adapter (modules_to_save); it can't be adapted as well."
+            f"{target.key!r} is trained whole by another adapter (modules_to_save, LN tuning); it can't be adapted "
+            "as well."
         )
     existing = _layer_of(holder.base_layer if holder is not None else module, target.parameter)
     if existing is not None:

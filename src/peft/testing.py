@@ -309,7 +309,10 @@ class Trial:
     def adapted(
         self, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("default",), trained: bool = True
     ) -> PeftModel:
-        """The model with adapters of these names, all active, with values as if they had been trained."""
+        """The model with adapters of these names, all active, with values as if they had been trained.
+
+        Of methods that train copies of modules the last one is active: a module can't be two.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             model = PeftModel(self.base(dtype), self.place.target(copy.deepcopy(self.config)), names[0])
@@ -319,7 +322,7 @@ class Trial:
             model.set_adapter(name)
             if trained:
                 train(model, seed)
-        if len(names) > 1:
+        if len(names) > 1 and self.method.copies is None:
             model.set_adapter(list(names))
         return model.eval()
 
@@ -407,6 +410,8 @@ def _law(t: Trial) -> None:
 def _stacks(t: Trial) -> None:
     """Two adapters together: running, merging one, the other or both, in either order, give one output."""
     t.needs_merging()
+    if t.method.copies is not None:
+        raise UnsupportedError("one copy of a module is active at a time")
     model, x = t.adapted(torch.float64, ("one", "two")), t.input(torch.float64)
     tolerance = 10 * TOLERANCE[torch.float64]
     for order in (["one", "two"], ["two", "one"]):
@@ -485,6 +490,9 @@ def _names(t: Trial) -> None:
             declared |= {id(p) for p in parameters if slot.trains}
         shared = [bank["default"] for bank in layer._banks.values() if "default" in bank]
         declared |= {id(p) for held in shared for p in (held.parameters() if isinstance(held, nn.Module) else [held])}
+    for copies in whole.copies(model):
+        assert all(p.requires_grad for p in copies.trained("default")), "a copy is frozen"
+        declared |= {id(p) for p in copies.trained("default")}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert id(parameter) in declared, f"{name} trains, but is no slot of the active adapter"

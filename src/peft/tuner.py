@@ -185,12 +185,16 @@ class BaseTuner(nn.Module):
         whole.check_merge(self.model, safe_merge, adapter_names)
         for layer in reversed(list(whole.layers(self.model))):  # of two around one weight, the inner first
             layer.merge(safe_merge, adapter_names)
+        for copies in whole.copies(self.model):
+            copies.merge(safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit."""
         for layer in whole.layers(self.model):
             if layer.merged:
                 layer.unmerge()
+        for copies in whole.copies(self.model):
+            copies.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None

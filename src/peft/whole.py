@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper, check_name
+from peft.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper, check_name
 from peft.errors import AdapterNameError, PeftWarning, StateError, nearest
 from peft.layer import AdaptedLayer
 
@@ -37,6 +37,11 @@ def layers(model: nn.Module) -> Iterator[AdaptedLayer]:
 def wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
     """All modules of a model that stand for trained copies."""
     return (m for _, m in walk(model) if isinstance(m, AuxiliaryTrainingWrapper))
+
+
+def copies(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
+    """All modules of a model that hold copies trained in their place."""
+    return (m for _, m in walk(model) if isinstance(m, ModulesToSaveWrapper))
 
 
 def adapters_in(model: nn.Module) -> list[str]:
@@ -96,8 +101,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
     Raises:
         StateError: it is merged.
     """
-    for layer in layers(model):
-        if adapter_name in layer.merged_adapters:
+    for module in (*layers(model), *wrappers(model)):
+        if adapter_name in module.merged_adapters:
             raise StateError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it.")
     active = next((m.active_adapters for m in layers(model)), [])
     left = [n for n in active if n != adapter_name] or [n for n in adapters_in(model) if n != adapter_name][:1]
@@ -237,8 +242,8 @@ def check_merge(model: nn.Module, safe_merge: bool = False, adapter_names: Seque
     for name in adapter_names or ():
         if name not in there:
             raise AdapterNameError(f"There is no adapter {name!r} to merge.{nearest(name, there)} Adapters: {there}.")
-    for layer in layers(model):
-        layer.check_merge(safe_merge, adapter_names)
+    for module in (*layers(model), *copies(model)):
+        module.check_merge(safe_merge, adapter_names)
 
 
 def _with_progress(items: list[Any], text: str) -> Any:

@@ -17,7 +17,9 @@ from peft.testing import PLACES, close, merged, same, same_state, samples, state
 
 KINDS = ("Linear, square, no bias", "Linear", "Conv2d, 1x1", "Embedding")
 METHODS = sorted(
-    name for name, method in registry.all_methods().items() if isinstance(method, WeightMethod) and method.samples
+    name
+    for name, method in registry.all_methods().items()
+    if isinstance(method, WeightMethod) and method.copies is None
 )
 #: Orders matter to what composes, so a pair is tried in one order here and in the other on the next kind of layer.
 PAIRS = [
