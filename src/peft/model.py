@@ -451,6 +451,8 @@ class PeftModel(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
         whole.set_requires_grad(self, adapter_names, requires_grad)
+        for name in self._peft_config.keys() & ([adapter_names] if isinstance(adapter_names, str) else adapter_names):
+            self.prompt_encoder[name].requires_grad_(requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `convert_to_lora` can approximate the adapter."""

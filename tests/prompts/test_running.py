@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+import transformers
 
 from peft import (
     CartridgeConfig,
@@ -97,7 +97,9 @@ def test_the_trainer_trains_and_reports_the_loss_of_a_plain_loop(kind, case, tmp
     name, head, task = case
     model, rows = adapted(make(name, head), p=config(kind, task)), Rows(TASKS[case])
     before = encoder(model).rows().detach().clone()
-    trainer = Trainer(model, arguments(TrainingArguments, tmp_path), train_dataset=rows, eval_dataset=rows)
+    trainer = transformers.Trainer(
+        model, arguments(transformers.TrainingArguments, tmp_path), train_dataset=rows, eval_dataset=rows
+    )
     trainer.train()
     assert not torch.equal(encoder(model).rows(), before)
     found = trainer.predict(rows)
@@ -115,8 +117,10 @@ def test_the_trainer_trains_and_reports_the_loss_of_a_plain_loop(kind, case, tmp
 def test_the_seq2seq_trainer_generates(kind, name, tmp_path):
     model = adapted(make(name), p=config(kind, "SEQ_2_SEQ_LM"))
     rows = Rows(batch(rows=4, length=4, padded=None)["input_ids"])
-    options = arguments(Seq2SeqTrainingArguments, tmp_path, predict_with_generate=True, generation_max_length=5)
-    trainer = Seq2SeqTrainer(model, options, train_dataset=rows, eval_dataset=rows)
+    options = arguments(
+        transformers.Seq2SeqTrainingArguments, tmp_path, predict_with_generate=True, generation_max_length=5
+    )
+    trainer = transformers.Seq2SeqTrainer(model, options, train_dataset=rows, eval_dataset=rows)
     trainer.train()
     found = trainer.predict(rows)
     tokens, want = torch.from_numpy(found.predictions), model.generate(**batch(rows=4), max_length=5)

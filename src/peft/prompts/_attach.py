@@ -165,7 +165,7 @@ def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"] + shifts
     elif rows.ragged:
-        kwargs |= _ragged_positions(stack, accepts, shifts, queries, real)
+        kwargs |= _ragged_positions(stack, accepts, shifts, real, kwargs)
     if kwargs.get("cache_position") is not None:
         kwargs["cache_position"] = kwargs["cache_position"] + rows.length
     mask = kwargs.get("attention_mask")
@@ -226,10 +226,11 @@ def prompt_arguments(
     positions = given.get("position_ids")
     ragged = rows.ragged and not _geometry.counts_positions_along_mask(module)
     if "position_ids" in accepts and (positions is not None or ragged):
+        first = _geometry.first_position(module)
         if positions is None:
-            positions = torch.arange(length, device=device).expand(batch, -1)
+            positions = torch.arange(first, first + length, device=device).expand(batch, -1)
         shifts = rows.shifts(batch, device)
-        prompt = (torch.arange(rows.length, device=device) - rows.length + shifts).clamp_min(0)
+        prompt = (torch.arange(rows.length, device=device) - rows.length + shifts).clamp_min(0) + first
         made["position_ids"] = torch.cat([prompt.expand(*positions.shape[:-1], -1), positions + shifts], dim=-1)
     elif ragged and _geometry.position_embeddings(module):
         raise UnsupportedError(_RAGGED)
@@ -248,17 +249,23 @@ _RAGGED = (
 
 
 def _ragged_positions(
-    stack: nn.Module, accepts: tuple[str, ...], shifts: Any, queries: int, real: Any
+    stack: nn.Module, accepts: tuple[str, ...], shifts: Any, real: Any, kwargs: dict
 ) -> dict[str, Tensor]:
     """Positions of inputs whose prompts differ in length, for models that would count them from the length of all."""
     if _geometry.counts_positions_along_mask(stack):
         return {}
-    if "position_ids" in accepts:
-        past = 0 if real is None else real.get_seq_length()
-        return {"position_ids": torch.arange(queries, device=shifts.device) + past + shifts}
-    if _geometry.position_embeddings(stack):
-        raise UnsupportedError(_RAGGED)
-    return {}
+    if "position_ids" not in accepts:
+        if _geometry.position_embeddings(stack):
+            raise UnsupportedError(_RAGGED)
+        return {}
+    ids, first = kwargs.get("input_ids"), _geometry.first_position(stack)
+    inputs = kwargs["inputs_embeds"] if ids is None else ids
+    taken = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+    if first and ids is not None:  # padding takes no position
+        taken = ids.ne(first - 1).long()
+    past = 0 if real is None else real.get_seq_length()
+    positions = taken.cumsum(1) - 1 + past + shifts + first
+    return {"position_ids": positions.where(taken > 0, first - 1)}
 
 
 def _uses_cache(stack: nn.Module, kwargs: dict, accepts: tuple[str, ...]) -> bool:

@@ -187,7 +187,21 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
         return base(**_decoder_inputs(base, rows, kwargs))
     if labels is not None and _labels_tokens(model, base, labels, batch, length):
         kwargs["labels"] = torch.cat([labels.new_full((batch, rows.length), IGNORED_LABEL), labels], dim=1)
+    if rows.ragged and _task(model) == TaskType.SEQ_CLS:
+        _align_left(rows, kwargs)
     return base(**kwargs)
+
+
+def _align_left(rows: Rows, kwargs: dict) -> None:
+    """Move the padding of shorter prompts to the end: classifiers read what stands first."""
+    embeds = kwargs["inputs_embeds"]
+    batch, length = embeds.shape[:2]
+    missing = rows.length - rows.shifts(batch, embeds.device)
+    order = (torch.arange(length, device=embeds.device) + missing) % length
+    kwargs["inputs_embeds"] = embeds.gather(1, order[:, :, None].expand_as(embeds))
+    for name in ("attention_mask", "position_ids", "token_type_ids"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = kwargs[name].gather(1, order)
 
 
 def _continued(rows: Rows, kwargs: dict, past: Any) -> dict:

@@ -35,6 +35,12 @@ def fill_sizes(config: PromptLearningConfig, base_model: nn.Module, encoder: typ
                     f"{type(config).__name__}.{name}."
                 )
             setattr(config, name, value)
+    if config.num_transformer_submodules > 1 and not is_encoder_decoder(base_model):
+        raise ConfigError(
+            f"{type(config).__name__} has num_transformer_submodules={config.num_transformer_submodules} (2 is what "
+            f"task_type='SEQ_2_SEQ_LM' sets), one prompt for an encoder and one for a decoder, and "
+            f"{type(base_model).__name__} is one stack. Leave it out, and choose the task_type of the model."
+        )
     if getattr(config, "encoder_hidden_size", 0) is None:
         config.encoder_hidden_size = config.token_dim
 
@@ -82,6 +88,12 @@ def position_embeddings(module: nn.Module) -> list[nn.Module]:
 def counts_positions_along_mask(module: nn.Module) -> bool:
     """Whether positions are derived from the mask of padding (OPT and its kin), so that they need not be given."""
     return any("attention_mask" in parameters(m) for m in position_embeddings(module))
+
+
+def first_position(module: nn.Module) -> int:
+    """Where positions begin: after the one that stands for padding (RoBERTa and its kin), if there is one."""
+    tables = [table for table in position_embeddings(module) if table.padding_idx is not None]
+    return tables[0].padding_idx + 1 if tables else 0
 
 
 def check_length(module: nn.Module, prompt: int, length: int, positions: Tensor | None, mask: Any) -> None:
