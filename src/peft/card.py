@@ -12,14 +12,14 @@ _LIBRARY = "peft"
 
 def text(folder: Path, configs: dict[str, Any], base_model: str | None, task: str | None) -> str:
     """The card of the adapters in `folder`, based on the one that is there."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     path = folder / "README.md"
     try:
         card = ModelCard(path.read_text(encoding="utf-8")) if path.exists() else ModelCard(_fresh(configs, base_model))
     except Exception:  # a card that nobody can parse is kept as text below a new head
         card = ModelCard(_fresh(configs, base_model) + "\n" + path.read_text(encoding="utf-8", errors="replace"))
-    data: ModelCardData = card.data
+    data: Any = card.data
     data.library_name = _LIBRARY
     if base_model:
         data.base_model = base_model

@@ -183,10 +183,11 @@ class PeftConfigMixin:
         peft_type = kwargs.get("peft_type")
         if not isinstance(peft_type, (str, type(None))):
             raise ConfigError(f"peft_type is {peft_type!r}; it must be the name of a method.")
-        target = registry.config_class(str(getattr(peft_type, "value", peft_type))) if peft_type else cls
+        target: Any = registry.config_class(str(getattr(peft_type, "value", peft_type))) if peft_type else cls
         if issubclass(cls, target) or not issubclass(target, cls):
             target = cls if cls not in (PeftConfig, PeftConfigMixin) else target
-        return target(**typecheck.fitted(target, target.check_kwargs(**kwargs)))
+        config: Any = target(**typecheck.fitted(target, target.check_kwargs(**kwargs)))
+        return config
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from peft.parts import Parts
 from peft.slots import Sizes, Slot, adapter_dtype, create, room
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from peft.layer import AdaptedLayer
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
@@ -48,8 +50,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     _adapters: dict[str, Any]
     _stored: dict[str, str]
     _banks: dict[str, nn.Module]
-    _leaders: dict[str, AdaptedLayer]
-    _followers: dict[str, list[AdaptedLayer]]
+    _leaders: dict[str, Any]
+    _followers: dict[str, list[Any]]
     _originals: dict[str, Any]
     _caches: dict[str, Any]
 
@@ -171,7 +173,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             return
         method, host = method_of(config), self.frozen
         meta = meta or host.device.type == "meta"
-        settings, made = self._create(method, config, host, site, "meta" if meta else host.device, autocast)
+        device = torch.device("meta") if meta else host.device
+        settings, made = self._create(method, config, host, site, device, autocast)
         if self._adapters:
             self._forget(name)
         self._take_on(method)
@@ -197,11 +200,11 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
 
     def _create(
         self,
-        method: type[WeightMethod],
+        method: WeightMethod,
         config: Any,
         host: Host,
         site: Site,
-        device: torch.device | str,
+        device: torch.device,
         autocast: bool,
     ) -> tuple[dict[str, Any], dict[str, tuple[Slot, Any]]]:
         """The settings of a new adapter, and its slots with their tensors by the name that holds them here."""
@@ -225,7 +228,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             raise TargetError(f"{method.peft_type}{where}: {error}") from None
         return settings, made
 
-    def _take_on(self, method: type[WeightMethod]) -> None:
+    def _take_on(self, method: WeightMethod) -> None:
         """Become a layer that has adapters of this method."""
         raise NotImplementedError
 
@@ -323,7 +326,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             if name in held:
                 del held[name]
         self._adapters.pop(name, None)
-        self._caches.pop("norms", None), self._caches.pop("rows", None)
+        self._caches.pop("norms", None)
+        self._caches.pop("rows", None)
         self._followers.pop(name, None)
         leader = self._leaders.pop(name, None)
         if leader is not None and self in leader._followers.get(name, ()):
@@ -389,10 +393,11 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
                         parameter.requires_grad_(False)
         self.set_requires_grad(active)
 
-    def train(self, mode: bool = True) -> AdaptedLayer:
+    def train(self, mode: bool = True) -> Self:
         """`nn.Module.train`, without a visit to the modules of each tensor of each adapter."""
         self.training = mode
-        self._caches.pop("norms", None), self._caches.pop("rows", None)
+        self._caches.pop("norms", None)
+        self._caches.pop("rows", None)
         self.base_layer.train(mode)
         for name, held in self._modules.items():
             if held is None or name == "base_layer":

@@ -99,7 +99,7 @@ def is_torch_tpu_available(check_device: bool = True) -> bool:
         return False
     if not check_device:
         return True
-    import torch_xla.core.xla_model as xm
+    import torch_xla.core.xla_model as xm  # pyright: ignore[reportMissingImports]
 
     try:
         xm.xla_device()

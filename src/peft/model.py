@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -489,7 +489,7 @@ class PeftModel(nn.Module):
         if inside or keys.entries(base, adapter_name):
             config = self._peft_config[adapter_name]
             within = {k.removeprefix(_PROMPTED_PREFIX): v for k, v in inside.items()}
-            found = state.load_tensors(base, _NoBias(config), adapter_name, within, strict=strict)
+            found = state.load_tensors(base, cast(Any, _NoBias(config)), adapter_name, within, strict=strict)
             report.missing_keys += found.missing_keys
             report.unexpected_keys += found.unexpected_keys
         return report
@@ -570,7 +570,7 @@ class PeftModel(nn.Module):
             config, values = layouts.to_original(self.get_base_model(), config, values)
         # Rows without columns are an adapter that has nothing to train (OFT with blocks of one); shards have no rows.
         empty = {key for key, tensor in values.items() if tensor.dim() > 1 and tensor.shape[0]}
-        payload = tensors.encode(values, metadata, pickled=not safe, allow_empty=empty)
+        payload = tensors.encode(values, metadata, pickled=not safe, allow_empty=empty, checksum=True)
         weights = files.SAFETENSORS_NAME if safe else files.BIN_NAME
         target = folder if name == "default" else folder / name
         _log.info("Saving adapter %r: %d tensors, %s bytes, to %s", name, len(values), f"{payload.nbytes:,}", target)
@@ -607,7 +607,8 @@ class PeftModel(nn.Module):
             for k in ("safe_serialization", "selected_adapters", "save_embedding_layers")
             if k in kwargs
         }
-        kwargs.pop("repo_url", None), kwargs.pop("use_temp_dir", None), kwargs.pop("max_shard_size", None)
+        for name in ("repo_url", "use_temp_dir", "max_shard_size"):
+            kwargs.pop(name, None)
         return hub.push(lambda folder: self.save_pretrained(folder, **options), repo_id, **kwargs)
 
     @classmethod

@@ -86,7 +86,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     """
     if config.is_prompt_learning:
         raise ConfigError("plan looks at methods that change layers; a prompt changes none.")
-    twin = _without_weights(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    twin = _without_weights(whole.base_of(model))
     asked: Any = copy.deepcopy(config)
     asked.allow_unmatched = True
     made = inject.inject(twin, asked, adapter_name, low_cpu_mem_usage=True)

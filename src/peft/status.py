@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from peft import whole
 from peft.auxiliary import AuxiliaryTrainingWrapper
 from peft.errors import StateError
 from peft.layer import AdaptedLayer
@@ -69,7 +70,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         ValueError: nothing in the model is adapted.
     """
-    base = model.base_model if hasattr(model, "get_base_model") else model
+    base: Any = model.base_model if hasattr(model, "get_base_model") else model
     found = [
         _layer(name, m) for name, m in base.named_modules() if isinstance(m, (AdaptedLayer, AuxiliaryTrainingWrapper))
     ]
@@ -129,7 +130,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         14
     """
     layers = get_layer_status(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = whole.base_of(model)
     configs = getattr(model, "peft_config", None) or {}
     trained, total = count_parameters(model)
     adapters = sorted({a for layer in layers for a in layer.available_adapters})

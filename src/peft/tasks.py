@@ -54,7 +54,8 @@ class PeftModelForCausalLM(PeftModel):
 
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The base model's own."""
-        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
+        base: Any = self.get_base_model()
+        return base.prepare_inputs_for_generation(*args, **kwargs)
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
@@ -64,7 +65,8 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The base model's own."""
-        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
+        base: Any = self.get_base_model()
+        return base.prepare_inputs_for_generation(*args, **kwargs)
 
 
 class PeftModelForSequenceClassification(PeftModel):

@@ -488,7 +488,8 @@ def _names(t: Trial) -> None:
                     f"{slot.name} {'is frozen' if slot.trains else 'trains'}"
                 )
             declared |= {id(p) for p in parameters if slot.trains}
-        shared = [bank["default"] for bank in layer._banks.values() if "default" in bank]
+        banks: list[Any] = list(layer._banks.values())
+        shared = [bank["default"] for bank in banks if "default" in bank]
         declared |= {id(p) for held in shared for p in (held.parameters() if isinstance(held, nn.Module) else [held])}
     for copies in whole.copies(model):
         assert all(p.requires_grad for p in copies.trained("default")), "a copy is frozen"

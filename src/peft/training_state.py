@@ -82,7 +82,9 @@ def save_training_state(
     }
     values = {f"model.{name}": tensor.detach() for name, tensor in _kept(model).items()}
     empty = [name for name, tensor in {**values, **packer.tensors}.items() if not tensor.numel()]
-    payload = tensors.encode({**values, **packer.tensors}, allow_empty=[n for n in empty if n not in values])
+    payload = tensors.encode(
+        {**values, **packer.tensors}, allow_empty=[n for n in empty if n not in values], checksum=True
+    )
     return files.save(directory, {JSON_NAME: json.dumps(document, indent=1) + "\n", TENSORS_NAME: payload})
 
 
@@ -250,7 +252,8 @@ def _random_states() -> dict[str, Any]:
     if "numpy" in sys.modules:
         import numpy
 
-        name, key, *rest = numpy.random.get_state()
+        state: Any = numpy.random.get_state(legacy=True)
+        name, key, *rest = state
         found["numpy"] = [name, torch.from_numpy(key.astype("int64")), *rest]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found["cuda"] = torch.cuda.get_rng_state_all()

@@ -29,6 +29,11 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
         todo.extend((f"{dot}{name}", child) for name, child in reversed(children) if child is not None)
 
 
+def base_of(model: Any) -> Any:
+    """The base model under a PeftModel or a tuner; other models are their own."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def layers(model: nn.Module) -> Iterator[AdaptedLayer]:
     """All adapted layers of a model."""
     return (m for _, m in walk(model) if isinstance(m, AdaptedLayer))
@@ -201,6 +206,8 @@ def unload(
     """
     if merge:
         check_merge(model, safe_merge, adapter_names)
+        if any(layer.merged and layer._inside is not None for layer in layers(model)):
+            merge_all(model, safe_merge, adapter_names)
     else:
         for layer in layers(model):
             if layer.merged:
@@ -228,6 +235,40 @@ def unload(
         model.get_submodule(parent_key)._modules[name] = left
     _settle_ties(model)
     return model
+
+
+def merge_all(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+    """Fold adapters (None: the active ones) into the weights of all layers; of two around one weight, the inner first.
+
+    If a layer would refuse, nothing is merged. Raises as `check_merge`.
+    """
+    check_merge(model, safe_merge, adapter_names)
+    every = list(layers(model))
+    outer = {id(layer): list(layer.merged_adapters) for layer in every if layer.merged and layer._inside is not None}
+    for layer in every:
+        if id(layer) in outer:
+            layer.unmerge()
+    for layer in reversed(every):
+        names = layer.active_adapters if adapter_names is None else list(adapter_names)
+        again = [name for name in outer.get(id(layer), ()) if name not in names]
+        layer.merge(safe_merge, [*again, *names])
+
+
+def merge_all(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+    """Fold adapters (None: the active ones) into the weights of all layers; of two around one weight, the inner first.
+
+    If a layer would refuse, nothing is merged. Raises as `check_merge`.
+    """
+    check_merge(model, safe_merge, adapter_names)
+    every = list(layers(model))
+    outer = {id(layer): list(layer.merged_adapters) for layer in every if layer.merged and layer._inside is not None}
+    for layer in every:
+        if id(layer) in outer:
+            layer.unmerge()
+    for layer in reversed(every):
+        names = layer.active_adapters if adapter_names is None else list(adapter_names)
+        again = [name for name in outer.get(id(layer), ()) if name not in names]
+        layer.merge(safe_merge, [*again, *names])
 
 
 def check_merge(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:

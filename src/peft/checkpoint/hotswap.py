@@ -183,6 +183,7 @@ def prepare_model_for_compiled_hotswap(
             if slot.name in _FACTORS:
                 owner, key = (value, "weight") if isinstance(value, nn.Module) else _held(layer, slot.name, name)
                 old = owner._parameters[key]
+                assert old is not None
                 _replace(owner, key, resized(old.detach(), _FACTORS[slot.name], rank, layer.host), slot.name)
         _set_scaling(layer, name, torch.tensor(float(layer.scaling[name]), device=layer.host.device))  # type: ignore[index]
 

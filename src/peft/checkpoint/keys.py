@@ -223,9 +223,8 @@ def assign(module: nn.Module, name: str, tensor: Tensor, replaced: list[tuple[Te
     """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    held = owner._parameters if leaf in owner._parameters else owner._buffers
+    held: Any = owner._parameters if leaf in owner._parameters else owner._buffers
     old = held[leaf]
-    assert old is not None
     if old.device.type == "meta":
         new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         held[leaf] = new

@@ -14,7 +14,7 @@ def check_deepspeed_zero3_enabled() -> bool:
     """Whether transformers runs under ZeRO-3. If DeepSpeed was never imported, it does not."""
     if "deepspeed" not in sys.modules:
         return False
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations import is_deepspeed_zero3_enabled  # pyright: ignore[reportPrivateImportUsage]
 
     return is_deepspeed_zero3_enabled()
 
@@ -27,7 +27,7 @@ def gather_params_ctx(
     if not check_deepspeed_zero3_enabled():
         yield
         return
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
     with deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
         yield

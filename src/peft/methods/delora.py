@@ -35,7 +35,9 @@ class DeloraConfig(TargetedConfig):
     r: int = field(default=8, metadata={"help": "Rank."})
     delora_lambda: int = field(default=15, metadata={"help": "Initial λ, the strength of the update; it is trained."})
     module_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A, while training."})
-    bias: Literal["none", "all", "delora_only"] = field(default="none", metadata={"help": "Base biases to train."})
+    bias: Literal["none", "all", "delora_only"] = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default="none", metadata={"help": "Base biases to train."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "B zero, so training starts at the base model."})
     rank_pattern: dict | None = field(
         default_factory=dict, metadata={"help": "{name or regex: rank}; first match wins."}

@@ -83,7 +83,7 @@ def coordinates(weight: Tensor, basis: Tensor) -> Tensor:
     """X (m, n) with X Vᵀ = W; the smallest where V is singular, because the columns of W depend on each other."""
     try:
         return torch.linalg.solve(basis, weight.mT).mT
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         return weight @ torch.linalg.pinv(basis, rtol=1e-6).mT
 
 

@@ -55,7 +55,7 @@ def create_loraplus_optimizer(
             rate, weight_decay = lr, decay
         groups.setdefault((rate, weight_decay), []).append(parameter)
     listed = [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
-    optimizer = optimizer_cls(listed, lr=lr, **kwargs)
+    optimizer = optimizer_cls(listed, **{"lr": lr, **kwargs})
     if hasattr(optimizer, "optim_bits"):
         _wide_embeddings(model)
     return optimizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,7 +42,8 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
             if "lora_A" not in held or "lora_B" not in held:
                 continue
             found = True
-            down, up = (v.weight if isinstance(v, nn.Module) else v for v in (held["lora_A"], held["lora_B"]))
+            values: list[Any] = [held["lora_A"], held["lora_B"]]
+            down, up = (v.weight if isinstance(v, nn.Module) else v for v in values)
             yield Pair(down, up, float(layer.parts(name).scaling))
     if not found:
         raise ConfigError("The model has no active LoRA adapter, whose factors this optimizer needs.")

@@ -39,7 +39,7 @@ def create_riemannian_optimizer(
     if reg <= 0:
         raise ConfigError(f"reg must be positive, not {reg}.")
     found = list(pairs(model))
-    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **{"lr": lr, **kwargs})
     optimizer.register_step_pre_hook(lambda *_: precondition(found, reg))
     return optimizer
 

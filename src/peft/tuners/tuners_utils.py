@@ -51,11 +51,12 @@ def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
 @contextlib.contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
     """Run the body with the weights of an offloaded layer loaded (accelerate's hooks); others are there already."""
-    hooked = [m for m in layer.modules() if hasattr(m, "_hf_hook") and getattr(m._hf_hook, "offload", False)]
-    for module in hooked:
-        module._hf_hook.pre_forward(module)
+    hooks: list[tuple[nn.Module, Any]] = [(m, getattr(m, "_hf_hook", None)) for m in layer.modules()]
+    hooks = [(module, hook) for module, hook in hooks if getattr(hook, "offload", False)]
+    for module, hook in hooks:
+        hook.pre_forward(module)
     try:
         yield
     finally:
-        for module in hooked:
-            module._hf_hook.post_forward(module, None)
+        for module, hook in hooks:
+            hook.post_forward(module, None)

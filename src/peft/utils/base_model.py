@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
+from peft import whole
 from peft.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.errors import LoadError
 from peft.layer import AdaptedLayer
@@ -13,10 +15,10 @@ from peft.layer import AdaptedLayer
 
 def _names(model: nn.Module) -> dict[str, str]:
     """{name in the plain base model: name in the model as it is}."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = whole.base_of(model)
     found: dict[str, str] = {}
 
-    def walk(module: nn.Module, plain: str, here: str) -> None:
+    def walk(module: Any, plain: str, here: str) -> None:
         if isinstance(module, AdaptedLayer):
             return walk(module.base_layer, plain, f"{here}base_layer.")
         if isinstance(module, ModulesToSaveWrapper):
@@ -44,7 +46,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(get_base_model_state_dict(model))
         ['0.weight', '0.bias']
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = whole.base_of(model)
     state = base.state_dict()
     return {plain: state[here] for plain, here in _names(model).items() if here in state}
 
@@ -58,7 +60,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Raises:
         LoadError: `strict`, and there are any.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = whole.base_of(model)
     names = _names(model)
     missing = [n for n in names if n not in state_dict]
     unexpected = [n for n in state_dict if n not in names]

@@ -13,9 +13,9 @@ from peft.integrations.deepspeed import check_deepspeed_zero3_enabled as check_d
 from peft.integrations.deepspeed import gather_params_ctx as gather_params_ctx
 
 
-def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
+def dequantize_module_weight(module: Any) -> nn.Parameter:
     """The weight of a layer in floating point. Layers that are not quantised give their own."""
-    inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    inner: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     return inner.weight
 
 

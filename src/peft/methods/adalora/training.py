@@ -21,11 +21,11 @@ def _layers(tuner: Any, adapter: str) -> dict[str, AdaptedLayer]:
 
 def allocator(tuner: Any, adapter: str | None = None) -> RankAllocator:
     """The allocator of an adapter (by default the active one), made when it is first asked for."""
-    adapter = adapter or tuner.active_adapters[0]
+    name: str = adapter or tuner.active_adapters[0]
     kept = tuner.__dict__.setdefault("_allocators", {})
-    if adapter not in kept or kept[adapter].peft_config is not tuner.peft_config[adapter]:
-        kept[adapter] = RankAllocator(tuner.model, tuner.peft_config[adapter], adapter)
-    return kept[adapter]
+    if name not in kept or kept[name].peft_config is not tuner.peft_config[name]:
+        kept[name] = RankAllocator(tuner.model, tuner.peft_config[name], name)
+    return kept[name]
 
 
 def update_and_allocate(tuner: Any, global_step: int) -> None:
@@ -131,7 +131,7 @@ def resize_modules(tuner: Any, rank_pattern: Mapping[str, list[bool]], adapter_n
         if kept is None or len(kept) != len(layer.lora_E[adapter_name]):
             continue
         for name in ("lora_A", "lora_B", "lora_E"):
-            held = layer._modules[layer._stored[name]]
+            held: Any = layer._modules[layer._stored[name]]
             old = held[adapter_name]
             held[adapter_name] = nn.Parameter(cut(name, old.detach(), kept), requires_grad=old.requires_grad)
         layer.r[adapter_name], layer.kept[adapter_name] = sum(kept), None

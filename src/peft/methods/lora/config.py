@@ -139,7 +139,9 @@ class LoraConfig(TargetedConfig):
     lora_alpha: int = field(default=8, metadata={"help": "Scaling numerator: the update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A, while training."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Base weight is (in, out); found out by layer type."})
-    bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "Base biases to train."})
+    bias: Literal["none", "all", "lora_only"] = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default="none", metadata={"help": "Base biases to train."}
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (arXiv 2312.03732)."})
     init_lora_weights: bool | str = field(
         default=True,
