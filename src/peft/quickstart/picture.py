@@ -45,7 +45,7 @@ def draw(file: Path, outcomes: dict[str, list[Outcome]], test: list[Message]) ->
     seeds = len(outcomes[LORA.name])
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 5.2), width_ratios=(1.1, 1), dpi=160)
-        figure.subplots_adjust(left=0.06, right=0.955, top=0.74, bottom=0.12, wspace=0.66)
+        figure.subplots_adjust(left=0.06, right=0.955, top=0.74, bottom=0.12, wspace=0.78)
         title = f"Training {share:.1%} of the parameters: from {head:.0%} to {lora:.0%} of messages right"
         figure.text(0.025, 0.93, title, fontsize=15, fontweight="bold")
         runs = "one run" if seeds == 1 else f"mean of {seeds} runs"
