@@ -3,8 +3,9 @@
 A fused form never changes meaning: it stands in for the plain path where everything is a plain dense tensor, and tests
 hold the two equal, gradients too. Under `torch.compile` and `torch.func` the plain path runs.
 
-Adapters are cast to the dtype of the activations inside the nodes, so neither the casts nor what is made from them is
-kept: everything thin is made again in backward, dropout masks from their seeds.
+Adapters are cast to the dtype of the activations inside the nodes, so neither the casts nor anything of the size of the
+activations is kept, but the input: dropout masks are made again from their seeds. Small inputs, where calls cost more
+than arithmetic, run by as few of autograd's own nodes as it takes, in the dtype of the adapter.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from peft.updates import Add, Base, Before, Magnitude, Update
 _PLAIN = (Tensor, nn.Parameter)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LEVELS = 1 << 16
+_SMALL = 1 << 16
+"""Elements of input and output together up to which calls cost more than what they compute (measured on a CPU)."""
+_THIN = 16
+"""A projection of the input is kept for backward where it is so many times smaller than the input."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,24 @@ def _where(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    dtype = x.dtype
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    return F.linear(x, weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype))
+
+
+def _narrow(x: Tensor, factor: Tensor) -> Tensor:
+    """x (n, k) times the transpose of a factor (r, k) of few rows."""
+    # oneDNN's 16-bit product is half as fast where the narrow side comes last.
+    factor = factor.to(x.dtype)
+    return (factor @ x.mT).mT if x.element_size() == 2 else F.linear(x, factor)
 
 
 class LowRankLinear(torch.autograd.Function):
     """x Wᵀ + b + s D(x) Aᵀ Bᵀ, D a dropout or the identity.
 
-    Keeps x for backward, and nothing of size tokens × r or larger. Shapes: x (n, in), W (out, in), b (out,) or
-    None; A (r, in), B (out, r).
+    Keeps x for backward, and D(x) Aᵀ where it is small beside x. Shapes: x (n, in), W (out, in), b (out,) or None;
+    A (r, in), B (out, r).
     """
 
     @staticmethod
@@ -103,15 +118,16 @@ class LowRankLinear(torch.autograd.Function):
         scale: float,
         dropout: Dropout | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, down, up)
         ctx.scale, ctx.dropout = scale * (dropout.gain if dropout else 1.0), dropout
         seen = _kept_in(dropout.mask(x), x) if dropout else x
-        hidden = F.linear(seen, down.to(x.dtype)).mul_(ctx.scale)
+        hidden = _narrow(seen, down).mul_(ctx.scale)
+        ctx.save_for_backward(x, weight, down, up, _thin_enough(hidden, x))
+        del seen
         return _linear(x, weight, bias).addmm_(hidden, up.to(x.dtype).mT)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up = ctx.saved_tensors
+        x, weight, down, up, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad
         mask = ctx.dropout.mask(x) if ctx.dropout else None
         grad_bias = grad.sum(0) if needs[2] else None
@@ -120,20 +136,21 @@ class LowRankLinear(torch.autograd.Function):
             y = _linear(x, weight) + thin
             grad_x, grad_down, grad_up = _again(y, (x, down, up), (needs[0], *needs[3:5]), grad)
             return grad_x, None, grad_bias, grad_down, grad_up, None, None
-        back, grad_x = (grad @ up.to(x.dtype)).mul_(ctx.scale), None
+        back, grad_x = _narrow(grad, up.mT).mul_(ctx.scale), None
         if needs[0] and mask is None:
             grad_x = (grad @ weight.to(x.dtype)).addmm_(back, down.to(x.dtype))
         elif needs[0]:
             grad_x = _keep_(back @ down.to(x.dtype), mask).addmm_(grad, weight.to(x.dtype))  # type: ignore[arg-type]
         seen = x if mask is None else _kept_in(mask, x)
-        grad_down, grad_up = _thin_grads(needs[3:5], seen, back, grad, down, up, ctx.scale)
+        grad_down, grad_up = _thin_grads(needs[3:5], seen, back, grad, down, up, ctx.scale, hidden)
         return grad_x, None, grad_bias, grad_down, grad_up, None, None
 
 
 class MagnitudeLinear(torch.autograd.Function):
     """x Wᵀ + b + (g - 1) ⊙ D(x) Wᵀ + g ⊙ s D(x) Aᵀ Bᵀ with g = m / norm per output: DoRA (arXiv 2402.09353).
 
-    Keeps x, and the product that g scales, which its gradient needs. Shapes as in `LowRankLinear`; g (out,).
+    Keeps what `LowRankLinear` keeps, and the product that g scales, which its gradient needs. Shapes as there, and
+    g (out,).
     """
 
     @staticmethod
@@ -151,21 +168,23 @@ class MagnitudeLinear(torch.autograd.Function):
         ctx.scale, ctx.dropout = scale * (dropout.gain if dropout else 1.0), dropout
         factor, wide, thin = gain.to(x.dtype), up.to(x.dtype), down.to(x.dtype)
         if dropout is None:
-            product = _linear(x, weight).addmm_(F.linear(x, thin).mul_(ctx.scale), wide.mT)
+            hidden = _narrow(x, thin).mul_(ctx.scale)
+            product = _linear(x, weight).addmm_(hidden, wide.mT)
             y = product * factor if bias is None else torch.addcmul(bias.to(x.dtype), product, factor)
         else:
             seen = _kept_in(dropout.mask(x), x)
-            hidden = F.linear(seen, thin).mul_(ctx.scale)
+            hidden = _narrow(seen, thin).mul_(ctx.scale)
             base = _linear(seen, weight).mul_(dropout.gain)
             y = _linear(x, weight, bias).sub_(base)
             product = base.addmm_(hidden, wide.mT)
             y.addcmul_(product, factor)
-        ctx.save_for_backward(x, weight, down, up, gain, product if ctx.needs_input_grad[7] else None)
+        product = product if ctx.needs_input_grad[7] else None
+        ctx.save_for_backward(x, weight, down, up, gain, product, _thin_enough(hidden, x))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, gain, product = ctx.saved_tensors
+        x, weight, down, up, gain, product, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad
         mask = ctx.dropout.mask(x) if ctx.dropout else None
         grad_bias = grad.sum(0) if needs[2] else None
@@ -182,25 +201,38 @@ class MagnitudeLinear(torch.autograd.Function):
             buffer = grad * product
             grad_gain = buffer.sum(0).to(gain.dtype)
         scaled, weight, thin = torch.mul(grad, gain.to(x.dtype), out=buffer), weight.to(x.dtype), down.to(x.dtype)
-        back = (scaled @ up.to(x.dtype)).mul_(ctx.scale)
+        back = _narrow(scaled, up.mT).mul_(ctx.scale)
         if needs[0] and mask is None:
             grad_x = (scaled @ weight).addmm_(back, thin)
         elif needs[0]:
             grad_x = (back @ thin).addmm_(scaled - grad, weight, alpha=ctx.dropout.gain)
             grad_x = _keep_(grad_x, mask).addmm_(grad, weight)  # type: ignore[arg-type]
         seen = x if mask is None else _kept_in(mask, x)
-        grad_down, grad_up = _thin_grads(needs[3:5], seen, back, scaled, down, up, ctx.scale)
+        grad_down, grad_up = _thin_grads(needs[3:5], seen, back, scaled, down, up, ctx.scale, hidden)
         return grad_x, None, grad_bias, grad_down, grad_up, None, None, grad_gain
 
 
+def _thin_enough(hidden: Tensor, x: Tensor) -> Tensor | None:
+    """What is kept of s x Aᵀ."""
+    return hidden if _THIN * hidden.shape[1] <= x.shape[1] else None
+
+
 def _thin_grads(
-    needs: Sequence[bool], x: Tensor, back: Tensor, grad: Tensor, down: Tensor, up: Tensor, scale: float
+    needs: Sequence[bool],
+    x: Tensor,
+    back: Tensor,
+    grad: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    hidden: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B in s x Aᵀ Bᵀ, given those of x Aᵀ (`back`) and of the whole."""
+    """Gradients of A and B in s x Aᵀ Bᵀ, given those of x Aᵀ (`back`) and of the whole; `hidden` is s x Aᵀ if kept."""
     grad_down = (back.mT @ x).to(down.dtype) if needs[0] else None
     grad_up = None
     if needs[1]:
-        hidden = F.linear(x, down.to(x.dtype)).mul_(scale)
+        if hidden is None:
+            hidden = _narrow(x, down).mul_(scale)
         grad_up = (hidden.mT @ grad).mT.to(up.dtype, memory_format=torch.contiguous_format)
     return grad_down, grad_up
 
@@ -225,14 +257,8 @@ class OperatorLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, *parts)
         ctx.op, ctx.before, ctx.dropout = _shell(op), before, dropout
-        acting = op.to(x.dtype)
         seen = _keep(x, dropout.mask(x)) * dropout.gain if dropout else x
-        if before:
-            return _linear(_act(acting, seen), weight, bias)
-        if _summed(acting, x, dropout):
-            return _linear(x, weight + acting.dense(), bias)
-        y = _linear(x, weight, bias)
-        return y.addmm_(seen, acting.dense().mT) if _denser(acting, x) else y.add_(acting.apply(seen))
+        return _run(op.to(x.dtype), before, x, seen, weight, bias, dropout is not None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -252,11 +278,13 @@ class OperatorLinear(torch.autograd.Function):
         wanted = [t for t, need in zip(held, need_parts, strict=True) if need]
         with torch.enable_grad():
             acting = _filled(ctx.op, iter(held)).to(x.dtype)
-        if not before and _summed(acting, x, dropout):
-            with torch.enable_grad():
-                dense = acting.dense()
-            found = torch.autograd.grad(dense, wanted, grad.mT @ x) if wanted else ()
-            rest, grad_x = iter(found), grad @ (weight + dense.detach()) if needs[3] else None
+        if not before and _summed(acting, x, dropout is not None):
+            grad_x = grad @ acting.onto(weight.to(x.dtype)) if needs[3] else None
+            found = ()
+            if wanted:
+                with torch.enable_grad():
+                    found = torch.autograd.grad(*_sources(acting.pull_dense(grad.mT @ x), wanted))
+            rest = iter(found)
             return None, None, None, grad_x, None, grad_bias, *(next(rest) if need else None for need in need_parts)
         base = grad @ weight.to(x.dtype) if needs[3] or before else None
         into = base if before else grad
@@ -269,9 +297,10 @@ class OperatorLinear(torch.autograd.Function):
         return None, None, None, grad_x, None, grad_bias, *(next(rest) if need else None for need in need_parts)
 
 
-def _summed(op: Operator, x: Tensor, dropout: Dropout | None) -> bool:
-    """Whether W + op runs as one matrix: where op is dense anyway, and the sum is not rounded to 16 bits."""
-    return dropout is None and x.element_size() >= 4 and _denser(op, x)
+def _summed(op: Operator, x: Tensor, dropped: bool) -> bool:
+    """Whether W + op runs as one matrix: where op is dense anyway, and the sum is not rounded to 16 bits (or is, by
+    definition of the method)."""
+    return not dropped and (x.element_size() >= 4 or op.rounds) and _denser(op, x)
 
 
 def _pull(
@@ -280,9 +309,11 @@ def _pull(
     """Gradients of op x: that of x, and those of the tensors the operator is made of."""
     with torch.enable_grad():
         if _denser(op, x):
-            dense = op.dense()
-            back = grad @ dense.detach() if need_x else None
-            return back, torch.autograd.grad(dense, wanted, grad.mT @ x) if wanted else ()
+            back = grad @ op.dense().detach() if need_x else None
+            return back, torch.autograd.grad(*_sources(op.pull_dense(grad.mT @ x), wanted)) if wanted else ()
+        pulled = op.pull(x, grad, need_x)
+        if pulled is not None:
+            return pulled[0], torch.autograd.grad(*_sources(pulled[1:], wanted)) if wanted else ()
         inner = x.detach().requires_grad_(need_x and not op.by_adjoint)
         y = op.apply(inner) if wanted or inner.requires_grad else None
     if op.by_adjoint:
@@ -292,6 +323,11 @@ def _pull(
     sources = [inner, *wanted] if need_x else wanted
     found = torch.autograd.grad(y, sources, grad) if sources else ()  # type: ignore[arg-type]
     return (found[0], found[1:]) if need_x else (None, found)
+
+
+def _sources(pulled: tuple[Tensor, Tensor], wanted: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Arguments of `torch.autograd.grad`, given a tensor on the way and its gradient."""
+    return pulled[0], wanted, pulled[1]
 
 
 def _again(y: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor) -> Iterator[Tensor | None]:
@@ -365,37 +401,98 @@ def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Te
     # Subclasses run in their own way.
     if type(add) not in (Add, Before) or not x.is_floating_point() or not x.numel() or weight.requires_grad:
         return None
-    if x.device.type == "meta":
+    device = x.device.type
+    if device == "meta":
         return None
-    dtype, autocast = _dtype(x, weight), torch.is_autocast_enabled(x.device.type)
+    autocast = torch.is_autocast_enabled(device)
+    dtype = _dtype(x, weight, autocast)
     if dtype is None:
         return None
-    rate = 0.0 if add.dropout is None else add.dropout.p if type(add.dropout) is nn.Dropout else None
-    thin = isinstance(add, Add) and isinstance(add.op, LowRank) and add.op.groups == 1
-    thin = thin and not isinstance(add.op.scale, Tensor)
-    parts = (add.op.down, add.op.up) if thin else tuple(_tensors(add.op))
-    if rate is None or not _plain(x, weight, bias, *parts):
+    op = add.op
+    thin = type(op) is LowRank and type(add) is Add and op.groups == 1 and not isinstance(op.scale, Tensor)
+    parts = (op.down, op.up) if thin else tuple(_tensors(op))
+    if not (add.dropout is None or type(add.dropout) is nn.Dropout) or not _plain(x, weight, bias, *parts):
         return None
-    if isinstance(update, Magnitude) and (not thin or weight.data_ptr() != base.weight.data_ptr()):
+    if update is not add and (not thin or weight.data_ptr() != base.weight.data_ptr()):
         return None  # magnitudes are those of the frozen weight, whatever is merged into this one
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         shift = getattr(add, "shift", None)
         if shift is not None:
             bias = shift.to(dtype) if bias is None else bias + shift.to(bias.dtype)
-        if thin and update is add and not rate and not torch.is_grad_enabled():
-            hidden = F.linear(x.to(dtype), add.op.down.to(dtype)).mul_(add.op.scale)
-            y = _linear(x.to(dtype), weight, bias)
-            y.view(-1, y.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), add.op.up.to(dtype).mT)
-            return y
-        flat, dropout = x.to(dtype).reshape(-1, x.shape[-1]), Dropout.draw(rate)
-        if isinstance(update, Magnitude):
-            gain = update.gain(base)
-            y = MagnitudeLinear.apply(flat, weight, bias, add.op.down, add.op.up, float(add.op.scale), dropout, gain)
-        elif thin:
-            y = LowRankLinear.apply(flat, weight, bias, add.op.down, add.op.up, float(add.op.scale), dropout)
+        flat = x if x.dtype == dtype else x.to(dtype)
+        if flat.dim() != 2:
+            flat = flat.reshape(-1, x.shape[-1])
+        gain = None if update is add else update.gain(base)
+        if thin:
+            y = _low_rank(flat, weight, bias, op, add.dropout, gain)
         else:
-            y = OperatorLinear.apply(add.op, isinstance(add, Before), dropout, flat, weight, bias, *parts)
-    return y.view(*x.shape[:-1], weight.shape[0])
+            y = _operator(flat, weight, bias, op, type(add) is Before, add.dropout, parts)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, op: LowRank, dropout: nn.Dropout | None, gain: Tensor | None
+) -> Tensor:
+    """Low-rank updates, on x (n, in); `gain` (out,) if they are normalised."""
+    small = _small(x, weight)
+    # With or without gradients the same elements drop out: reentrant checkpointing runs both ways.
+    if (not small and (torch.is_grad_enabled() or dropout)) or (gain is not None and dropout):
+        factors = op.down, op.up, float(op.scale), Dropout.draw(dropout.p if dropout else 0.0)
+        if gain is None:
+            return LowRankLinear.apply(x, weight, bias, *factors)
+        return MagnitudeLinear.apply(x, weight, bias, *factors, gain)
+    dtype = op.down.dtype if small else x.dtype
+    seen = x if dropout is None else dropout(x)
+    hidden = _linear(seen if seen.dtype == dtype else seen.to(dtype), op.down) if small else _narrow(seen, op.down)
+    y, up = _linear(x, weight, bias if gain is None else None), op.up if op.up.dtype == dtype else op.up.to(dtype)
+    if dtype == x.dtype:
+        y.addmm_(hidden, up.mT, alpha=op.scale)
+    else:
+        y.add_(F.linear(hidden, up), alpha=op.scale)  # type: ignore[arg-type]
+    if gain is None:
+        return y
+    factor = gain.to(y.dtype)
+    return y * factor if bias is None else torch.addcmul(bias.to(y.dtype), y, factor)
+
+
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    op: Operator,
+    before: bool,
+    dropout: nn.Dropout | None,
+    parts: tuple[Tensor, ...],
+) -> Tensor:
+    """Any other update by an operator, on x (n, in)."""
+    small = _small(x, weight)
+    if not small and (torch.is_grad_enabled() or dropout):
+        draw = Dropout.draw(dropout.p if dropout else 0.0)
+        return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
+    seen = x if dropout is None else dropout(x)
+    dtypes = {part.dtype for part in parts if part.is_floating_point()}  # several, where methods compute under autocast
+    if not small or len(dtypes) > 1 or x.dtype in dtypes:
+        return _run(op.to(x.dtype), before, x, seen, weight, bias, dropout is not None)
+    changed = _act(op, seen.to(dtypes.pop()))
+    if before:
+        return _linear(changed.to(x.dtype), weight, bias)
+    return _linear(x, weight, bias).add_(changed)
+
+
+def _run(
+    op: Operator, before: bool, x: Tensor, seen: Tensor, weight: Tensor, bias: Tensor | None, dropped: bool
+) -> Tensor:
+    """x Wᵀ + b + op seen, or W op seen + b; all of one dtype, `dropped` if x and `seen` are not the same."""
+    if before:
+        return _linear(_act(op, seen), weight, bias)
+    if _summed(op, x, dropped):
+        return _linear(x, op.onto(weight), bias)
+    y = _linear(x, weight, bias)
+    return y.addmm_(seen, op.dense().mT) if _denser(op, x) else y.add_(op.apply(seen))
+
+
+def _small(x: Tensor, weight: Tensor) -> bool:
+    return x.shape[0] * (weight.shape[0] + weight.shape[1]) <= _SMALL
 
 
 def _together(updates: list[Update]) -> Update | None:
@@ -426,7 +523,7 @@ class Stack:
 def stack(updates: Sequence[Update | None], x: Tensor, weight: Tensor) -> Stack | None:
     """Low-rank updates (None: none at all) for `mixed`; None if they are not all such, or not plain tensors."""
     there = [u for u in updates if u is not None]
-    dtype = _dtype(x, weight) if x.is_floating_point() else None
+    dtype = _dtype(x, weight, torch.is_autocast_enabled(x.device.type)) if x.is_floating_point() else None
     rates = set()
     for u in there:
         if not isinstance(u, Add) or not isinstance(u.op, LowRank) or u.op.groups != 1 or u.shift is not None:
@@ -477,9 +574,9 @@ def _tall(factor: Tensor | None, rank: int, size: int, like: Tensor, dtype: torc
     return F.pad(factor, (0, 0, 0, short)).to(dtype) if short else factor.to(dtype)
 
 
-def _dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+def _dtype(x: Tensor, weight: Tensor, autocast: bool) -> torch.dtype | None:
     """The dtype that a linear layer computes in; None where it would refuse, or where autocast leaves x alone."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast:
         return weight.dtype if x.dtype == weight.dtype else None
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
 

@@ -170,4 +170,4 @@ class WeightMethod:
 def method_of(config: Any) -> WeightMethod:
     """The method that a config configures."""
     peft_type = config.peft_type
-    return registry.method((peft_type if isinstance(peft_type, PeftType) else PeftType(peft_type)).value)
+    return registry.method(peft_type if isinstance(peft_type, PeftType) else PeftType(peft_type).value)

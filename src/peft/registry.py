@@ -41,8 +41,11 @@ def config_class(peft_type: str) -> type:
 
 def method(peft_type: str) -> Any:
     """The method of that type."""
-    _load(peft_type)
-    return _METHODS[peft_type.upper()]
+    found = _METHODS.get(peft_type)
+    if found is None:
+        _load(peft_type)
+        found = _METHODS[peft_type.upper()]
+    return found
 
 
 def names() -> list[str]:

@@ -276,3 +276,36 @@ def test_construction_and_use_compile_in_one_graph(name: str) -> None:
     compiled = torch.compile(use, fullgraph=True, backend="eager")(x, *source.given)
     for mine, theirs in zip(compiled, use(x, *source.given), strict=True):
         torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.parametrize(("tokens", "count", "size"), [(5, 4, 3), (3, 32, 4), (6, 16, 2), (5, 3, 40), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_square_blocks_turn_in_groups(tokens, count, size, dtype):
+    x = torch.randn(tokens, count * size, dtype=dtype, requires_grad=True)
+    blocks = torch.randn(count, size, size, dtype=dtype, requires_grad=True)
+    op = ops.BlockDiagonal(blocks)
+    grad = torch.randn_like(x)
+    found, wanted = op.apply(x), x @ op.dense().mT
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 5e-2, "atol": 0.2}
+    torch.testing.assert_close(found, wanted, **tolerance)
+    expected = torch.autograd.grad(wanted, (x, blocks), grad)
+    torch.testing.assert_close(torch.autograd.grad(found, (x, blocks), grad), expected, **tolerance)
+    pulled = op.pull(x, grad, need_x=True)
+    assert pulled is not None
+    assert pulled[1] is blocks
+    torch.testing.assert_close((pulled[0], pulled[2]), expected, **tolerance)
+
+
+def test_turning_can_be_differentiated_twice():
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    blocks = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, b: ops.BlockDiagonal(b).apply(x), (x, blocks))
+
+
+def test_entries_lie_onto_a_weight_as_a_sum_would():
+    op = ops.Sparse(torch.tensor([[0, 2, 2], [1, 0, 0]], dtype=torch.int32), torch.randn(3, requires_grad=True), 3, 4)
+    weight, grad = torch.randn(4, 3).mT, torch.randn(3, 4)
+    torch.testing.assert_close(op.onto(weight), weight + op.dense())
+    source, gathered = op.pull_dense(grad)
+    (found,) = torch.autograd.grad(source, op.values, gathered)
+    torch.testing.assert_close(found, torch.autograd.grad(op.dense(), op.values, grad)[0])

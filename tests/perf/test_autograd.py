@@ -28,6 +28,7 @@ CONFIGS: dict[str, Any] = {
     "C3A": lambda: peft.C3AConfig(block_size=4, target_modules=["lin"]),
     "FourierFT": lambda: peft.FourierFTConfig(n_frequency=9, target_modules=["lin"]),
     "VeRA": lambda: peft.VeraConfig(r=4, target_modules=["lin"]),
+    "SHiRA": lambda: peft.ShiraConfig(r=2, target_modules=["lin"]),
 }
 
 
@@ -95,6 +96,17 @@ def fused_calls():
     autograd.fused = before
 
 
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    """The inputs of these tests are small; they are treated as large ones unless a test says otherwise."""
+    monkeypatch.setattr(autograd, "_SMALL", 0)
+
+
+@pytest.fixture
+def small(monkeypatch, large):
+    monkeypatch.setattr(autograd, "_SMALL", 1 << 30)
+
+
 @pytest.mark.parametrize("needs_input_gradient", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_plain_path(name, needs_input_gradient, fused_calls):
@@ -110,6 +122,31 @@ def test_equals_the_plain_path_in_bfloat16(name):
     model = adapted(CONFIGS[name](), torch.bfloat16)
     x = torch.randn(2, 5, 12, dtype=torch.bfloat16, requires_grad=True)
     assert_equal(step(model, x), step(model, x, plain=True), 4e-2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_small_inputs_equal_the_plain_path(name, small, fused_calls):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 4e-2)):
+        model = adapted(CONFIGS[name](), dtype)
+        x = torch.randn(2, 5, 12, dtype=dtype, requires_grad=True)
+        assert_equal(step(model, x), step(model, x, plain=True), tolerance)
+    assert fused_calls == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_inference_equals_the_plain_path(name, dtype, monkeypatch):
+    model = adapted(CONFIGS[name](), dtype)
+    x = torch.randn(2, 5, 12, dtype=dtype)
+    tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-12
+    with torch.no_grad():
+        found = []
+        for limit in (0, 1 << 30):
+            monkeypatch.setattr(autograd, "_SMALL", limit)
+            found.append(model(x))
+        monkeypatch.setattr(autograd, "fused", lambda *_: None)
+        wanted = model(x)
+    assert_equal(found, [wanted, wanted], tolerance)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.lists(st.integers(1, 4), max_size=3), st.booleans())

@@ -17,7 +17,7 @@ from peft.hosts import Host
 from peft.hosts.parameter import lend
 from peft.method import Site, WeightMethod
 from peft.methods._places import draw, must_fit
-from peft.operators import Scaled, Sparse
+from peft.operators import Sparse, scaled
 from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
@@ -105,5 +105,5 @@ class Shira(WeightMethod, peft_type="SHIRA", config=ShiraConfig):
         return found
 
     def update(self, p: Parts, host: Host) -> Update:
-        entries = Sparse(p.shira_indices, p.shira_weight, host.out_features, host.in_features)
-        return Add(Scaled(entries, p.scaling))
+        values = scaled(p.shira_weight, p.scaling)
+        return Add(Sparse(p.shira_indices, values, host.out_features, host.in_features))

@@ -1,6 +1,6 @@
 """Matrices that act: each knows its shape, how to multiply a vector, and how to become dense. Torch only."""
 
-from peft.operators.base import Operator, Transposed, act
+from peft.operators.base import Operator, Transposed, act, scaled
 from peft.operators.blocks import BlockCirculant, BlockDiagonal, Fold, LowRankGrid
 from peft.operators.compose import Product, Scaled, Sum
 from peft.operators.kronecker import HadamardLowRank, Kronecker
@@ -40,5 +40,6 @@ __all__ = [
     "act",
     "cayley",
     "neumann",
+    "scaled",
     "skew",
 ]

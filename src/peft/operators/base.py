@@ -44,6 +44,10 @@ class Operator:
     by_adjoint: ClassVar[bool] = False
     """Whether `T.apply` is a cheaper way to the gradient of the input than differentiating `apply` (FFTs)."""
 
+    rounds: ClassVar[bool] = False
+    """Whether its sum with a 16-bit weight may be rounded to 16 bits on the way, as a merge would: where entries stand
+    beside those of W and a product of their own would cost more than the layer."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.apply is Operator.apply and cls.dense is Operator.dense:
@@ -67,6 +71,23 @@ class Operator:
         """The matrix itself, (out, in)."""
         like = self.like()
         return self.apply(torch.eye(self.shape[1], dtype=like.dtype, device=like.device)).mT
+
+    def onto(self, weight: Tensor) -> Tensor:
+        """`weight + dense()`, for a weight of the same dtype; a new tensor."""
+        return weight + self.dense()
+
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        """Backward of `apply` without running it again: for x (n, in) and the gradient (n, out) of its result.
+
+        Returns:
+            The gradient of x (None unless `need_x`), a tensor on the way from the fields to the result, and the
+            gradient of that. None where differentiating `apply` is as good.
+        """
+        return None
+
+    def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for `dense`, given the gradient (out, in) of its result: the tensor on the way, and its gradient."""
+        return self.dense(), grad
 
     def flops(self, tokens: int) -> float:
         """Floating point operations of `apply` on `tokens` vectors, including what it prepares once per call."""

@@ -2,13 +2,94 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from peft.operators.base import Operator, Scale, expect, gemm, rfft_flops, scaled, widened
+
+_GROUP = 64
+"""Blocks are multiplied in groups of about this size: smaller products cost more than the zeros in these (measured)."""
+
+
+class _Turn(torch.autograd.Function):
+    """x (n, k b) times the transposes of square blocks (k, b, b), written where the result is to lie.
+
+    A batched product puts one block's tokens after another's, and putting them side by side again costs more than
+    the product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:
+        ctx.save_for_backward(x, blocks)
+        blocks = _grouped(blocks)
+        count = blocks.shape[0]
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        torch.bmm(_by_block(x, count), blocks.mT, out=_by_block(y, count))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, blocks = ctx.saved_tensors
+        grad_x = _Turn.apply(grad, blocks.mT) if ctx.needs_input_grad[0] else None
+        return grad_x, _block_grads(x, grad, blocks) if ctx.needs_input_grad[1] else None
+
+
+def _block_grads(x: Tensor, grad: Tensor, blocks: Tensor) -> Tensor:
+    """The gradient of the blocks (k, b, b) in `_Turn`."""
+    count, size, _ = blocks.shape
+    many = _group(count, size)
+    into, out = _by_block(x, count // many), _by_block(grad, count // many)
+    if x.element_size() == 2 and x.device.type == "cpu":  # oneDNN's batched product copies what is not contiguous
+        found = _in_chunks(out, into)
+    else:
+        found = torch.bmm(out.mT, into)
+    if many == 1:
+        return found
+    found = found.unflatten(2, (many, size)).unflatten(1, (many, size))
+    return found.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+
+
+def _in_chunks(out: Tensor, into: Tensor) -> Tensor:
+    """out.mT @ into, both (k, n, b): copies of few tokens stay in the cache, and their sums in float32."""
+    found: Tensor | None = None
+    for o, i in zip(out.split(256, dim=1), into.split(256, dim=1), strict=True):
+        part = torch.bmm(o.contiguous().mT, i.contiguous())
+        found = part.float() if found is None else found.add_(part)
+    assert found is not None
+    return found.to(out.dtype)
+
+
+def _by_block(x: Tensor, count: int) -> Tensor:
+    """x (n, k b) seen as (k, n, b)."""
+    return x.unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _group(count: int, size: int) -> int:
+    """How many blocks are multiplied as one: a power of two that divides their number."""
+    return math.gcd(count, 1 << (_GROUP // size).bit_length() - 1) if 2 * size < _GROUP else 1
+
+
+def _grouped(blocks: Tensor) -> Tensor:
+    """Small blocks (k, b, b) as fewer, larger ones, with zeros beside the diagonal."""
+    count, size, _ = blocks.shape
+    many = _group(count, size)
+    if many == 1:
+        return blocks
+    wide = blocks.new_zeros(count // many, many, size, many, size)
+    wide.diagonal(dim1=1, dim2=3).copy_(blocks.unflatten(0, (-1, many)).movedim(1, -1))
+    return wide.flatten(3).flatten(1, 2)
+
+
+def eager() -> bool:
+    """Whether operations run one by one, here and now: nothing compiles, vectorises or differentiates functions."""
+    compiling = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not compiling and forward_ad._current_level < 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +104,17 @@ class BlockDiagonal(Operator):
         return count * out, count * inner
 
     def apply(self, x: Tensor) -> Tensor:
-        count, _, inner = self.blocks.shape
+        count, out, inner = self.blocks.shape
+        if out == inner and eager() and x.dim() == 2:
+            return _Turn.apply(x, self.blocks)
         return torch.einsum("...ki,koi->...ko", x.unflatten(-1, (count, inner)), self.blocks).flatten(-2)
+
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        if self.blocks.shape[1] != self.blocks.shape[2]:
+            return None
+        with torch.no_grad():
+            back = _Turn.apply(grad, self.blocks.mT) if need_x else None
+            return back, self.blocks, _block_grads(x, grad, self.blocks)
 
     def dense(self) -> Tensor:
         count, out, inner = self.blocks.shape

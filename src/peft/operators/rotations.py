@@ -73,6 +73,9 @@ class _SkewRotation(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return self._blocks().apply(x)
 
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        return self._blocks().pull(x, grad, need_x)
+
     def dense(self) -> Tensor:
         return self._blocks().dense()
 
@@ -112,7 +115,7 @@ class Neumann(_SkewRotation):
     terms: int = 5
 
     def rotations(self) -> Tensor:
-        return neumann(skew(self.packed, self.size), self.terms)
+        return neumann(widened(skew(self.packed, self.size)), self.terms).to(self.packed.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ class Sparse(Operator):
     values: Tensor
     out: int
     inner: int
+    rounds = True
 
     def __post_init__(self) -> None:
         expect(self.index.shape[-1] == self.values.shape[0], self, "index (2, k) or (k,) and values (k,) share k")
@@ -44,15 +45,25 @@ class Sparse(Operator):
     def shape(self) -> tuple[int, int]:
         return self.out, self.inner
 
+    def _places(self) -> Tensor:
+        """Places counted row by row (k,), int64."""
+        index = self.index.long()
+        return index if index.dim() == 1 else index[0] * self.inner + index[1]
+
     def apply(self, x: Tensor) -> Tensor:
         rows, cols = rows_and_columns(self.index, self.inner)
         y = x.new_zeros(*x.shape[:-1], self.out)
         return y.index_add(-1, rows, x.index_select(-1, cols) * self.values)
 
     def dense(self) -> Tensor:
-        rows, cols = rows_and_columns(self.index, self.inner)
         zeros = self.values.new_zeros(self.out * self.inner)
-        return zeros.index_add(0, rows * self.inner + cols, self.values).view(self.out, self.inner)
+        return zeros.index_add(0, self._places(), self.values).view(self.out, self.inner)
+
+    def onto(self, weight: Tensor) -> Tensor:
+        return weight.flatten().index_add(0, self._places(), self.values).view(self.out, self.inner)
+
+    def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return self.values, grad.flatten().index_select(0, self._places())
 
     def columns(self, index: Tensor) -> Tensor:
         # Static shapes whatever the places are: every wanted column gets one slot (the last of its duplicates), the

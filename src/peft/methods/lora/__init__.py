@@ -84,9 +84,7 @@ class Lora(WeightMethod, peft_type="LORA", config=LoraConfig):
         return LowRank(p.lora_A, up, p.scaling, max(experts, host.groups))
 
     def update(self, p: Parts, host: Host) -> Update:
-        shift: Tensor | None = None
-        if p.lora_bias:
-            shift = p.leaf("lora_B").bias * p.scaling
+        shift: Tensor | None = p.leaf("lora_B").bias * p.scaling if p.lora_bias else None
         add = Add(self.operator(p, host), shift, p.dropout)
         return Magnitude(add, p.lora_magnitude_vector.flatten()) if p.use_dora else add
 
