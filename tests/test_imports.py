@@ -45,6 +45,7 @@ RANKS = [
     ["peft.checkpoint.hotswap"],
     ["peft.tuner"],
     ["peft.integrations.callbacks"],
+    ["peft.persistence"],
     ["peft.model"],
     ["peft.tasks"],
     ["peft.mixed_model", "peft.mapping_func", "peft.planning", "peft.verify", "peft.training_state", "peft.auto"],

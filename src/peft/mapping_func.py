@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from peft import inject
 from peft.config import PeftConfig
 from peft.errors import ConfigError, PeftWarning
-from peft.model import PeftModel, _name_of
+from peft.model import PeftModel
+from peft.persistence import name_of
 from peft.tasks import model_class
 from peft.tuner import has_adapters, tuner_class
 
@@ -56,7 +57,7 @@ def get_peft_model(
             PeftWarning,
             stacklevel=2,
         )
-    if (name := _name_of(model)) is not None:
+    if (name := name_of(model)) is not None:
         peft_config.base_model_name_or_path = name
     if revision is not None:
         if peft_config.revision is not None and peft_config.revision != revision:

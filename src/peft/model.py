@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft import card, inject, integrations, prompts, routing, status, whole
+from peft import inject, integrations, persistence, prompts, routing, status, whole
 from peft.auxiliary import check_name
-from peft.checkpoint import files, fingerprint, hub, keys, layouts, state, tensors
+from peft.checkpoint import files, hub, state
 from peft.checkpoint.report import LoadReport
-from peft.config import CONFIG_NAME, PeftConfig, PeftType, TaskType
-from peft.errors import AdapterNameError, BaseMismatchError, PeftWarning, StateError, nearest
+from peft.config import PeftConfig, PeftType, TaskType
+from peft.errors import AdapterNameError, PeftWarning, StateError, nearest
 from peft.tuner import tuner_class
-
-_log = logging.getLogger(__name__)
 
 WEIGHTS_NAME = files.BIN_NAME
 SAFETENSORS_WEIGHTS_NAME = files.SAFETENSORS_NAME
-
-_PROMPTED_PREFIX = "base_model."
-"""Before the names of the base model in files of prompts; files of weight methods have one wrapper more."""
 
 
 class PeftModel(nn.Module):
@@ -470,29 +464,13 @@ class PeftModel(nn.Module):
 
     def prompt_state_dict(self, adapter_name: str) -> dict[str, Tensor]:
         """The tensors of a prompt adapter and of the modules that train with it, by their names in files."""
-        result = dict(self.prompt_encoder[adapter_name].saved_tensors())
-        base, prefix = self.get_base_model(), _PROMPTED_PREFIX
-        source = {k: v.detach() for k, v in base.state_dict(keep_vars=True).items()}
-        for entry in keys.entries(base, adapter_name):
-            result[prefix + entry.disk] = source[entry.memory]
-        return result
+        return persistence.prompt_tensors(self, adapter_name)
 
     def load_prompt_state_dict(
         self, adapter_name: str, state_dict: Mapping[str, Tensor], strict: bool = True
     ) -> LoadReport:
         """The inverse of `prompt_state_dict`."""
-        base = self.get_base_model()
-        inside = {k: v for k, v in state_dict.items() if k.startswith(_PROMPTED_PREFIX)}
-        encoder = self.prompt_encoder[adapter_name]
-        encoder.load_tensors({k: v for k, v in state_dict.items() if k not in inside})
-        report = LoadReport()
-        if inside or keys.entries(base, adapter_name):
-            config = self._peft_config[adapter_name]
-            within = {k.removeprefix(_PROMPTED_PREFIX): v for k, v in inside.items()}
-            found = state.load_tensors(base, cast(Any, _NoBias(config)), adapter_name, within, strict=strict)
-            report.missing_keys += found.missing_keys
-            report.unexpected_keys += found.unexpected_keys
-        return report
+        return persistence.load_prompt(self, adapter_name, state_dict, strict)
 
     # ---------------------------------------------------------------- files
 
@@ -541,64 +519,17 @@ class PeftModel(nn.Module):
                     f"path_initial_model_for_weight_conversion: adapter {name!r} did not change the base weights, so "
                     "there is nothing to convert. Leave it out."
                 )
-            self._save_one(name, folder, given, safe_serialization, save_embedding_layers, is_main_process, original)
+            persistence.save_one(
+                self, name, folder, given, safe_serialization, save_embedding_layers, is_main_process, original
+            )
         if is_main_process:
-            files.save(folder, {"README.md": self._card(folder)})
+            files.save(folder, {"README.md": persistence.card_text(self, folder)})
         if kwargs.pop("push_to_hub", False):
             self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
 
-    def _save_one(
-        self,
-        name: str,
-        folder: Path,
-        given: Mapping[str, Tensor] | None,
-        safe: bool,
-        embeddings: str | bool,
-        is_main_process: bool,
-        original: bool = False,
-    ) -> None:
-        config = self.peft_config[name]
-        values = state.get_peft_model_state_dict(
-            self, state_dict=given, adapter_name=name, save_embedding_layers=embeddings
-        )
-        if not is_main_process:
-            return
-        metadata = {}
-        if not config.is_prompt_learning and (sketch := state.base_sketch(self, name)) is not None:
-            metadata[fingerprint.METADATA_KEY] = fingerprint.encode(sketch)
-        if original and not config.is_prompt_learning:
-            config, values = layouts.to_original(self.get_base_model(), config, values)
-        # Rows without columns are an adapter that has nothing to train (OFT with blocks of one); shards have no rows.
-        empty = {key for key, tensor in values.items() if tensor.dim() > 1 and tensor.shape[0]}
-        payload = tensors.encode(values, metadata, pickled=not safe, allow_empty=empty, checksum=True)
-        weights = files.SAFETENSORS_NAME if safe else files.BIN_NAME
-        target = folder if name == "default" else folder / name
-        _log.info("Saving adapter %r: %d tensors, %s bytes, to %s", name, len(values), f"{payload.nbytes:,}", target)
-        files.save(target, {CONFIG_NAME: self._file_config(config).to_json_string(), weights: payload})
-
-    def _file_config(self, config: PeftConfig) -> PeftConfig:
-        """The config as the file holds it: frozen, and with the base model's name."""
-        import copy
-
-        written = copy.copy(config)
-        written.inference_mode = True
-        base = self.get_base_model()
-        if written.base_model_name_or_path is None:
-            written.base_model_name_or_path = _name_of(base)
-        if written.task_type is None:
-            cls = type(base)
-            written.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-        return written
-
-    def _card(self, folder: Path) -> str:
-        config = next(iter(self.peft_config.values()))
-        base = config.base_model_name_or_path or _name_of(self.get_base_model())
-        task = card.PIPELINES.get(str(getattr(config.task_type, "value", config.task_type)))
-        return card.text(folder, dict(self.peft_config), base, task)
-
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write README.md, keeping what people wrote in it."""
-        files.save(output_dir, {"README.md": self._card(Path(output_dir))})
+        files.save(output_dir, {"README.md": persistence.card_text(self, Path(output_dir))})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the adapters; returns the URL. Keywords: `private`, `token`, `revision`, `commit_message`, …"""
@@ -708,42 +639,9 @@ class PeftModel(nn.Module):
         Raises:
             LoadError: the file does not fit; the model is as it was.
         """
-        strict, check = kwargs.pop("strict", True), kwargs.pop("check_base", True)
-        mismatched, stated = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop("fused", None)
-        config = kwargs.pop("_config", None)
-        options = {k: v for k, v in kwargs.items() if k in (*files.HUB_OPTIONS, "subfolder")}
-        fresh = adapter_name not in self._names()
-        path = files.locate(model_id, **options)
-        with files.reading(path.parent):
-            values = state.rename(tensors.read(path), key_mapping)
-            if fresh and config is None:
-                config = PeftConfig.from_pretrained(model_id, **options)
-                config.inference_mode = not is_trainable
-            if fresh:
-                state.check_sizes(config, self.get_base_model(), values, str(path))
-            if fresh and not config.is_prompt_learning:
-                config, values = layouts.fit(self.get_base_model(), config, values, stated, strict)
-        if fresh:
-            self._add_loaded(adapter_name, config, autocast_adapter_dtype)
-        config = self.peft_config[adapter_name]
-        try:
-            if check:
-                self._check_base(path, adapter_name)
-            if config.is_prompt_learning:
-                report = self.load_prompt_state_dict(adapter_name, values, strict=strict)
-            else:
-                report = state.load_tensors(
-                    self, config, adapter_name, values, mismatched, strict, str(path), torch_device
-                )
-        except BaseException:
-            if fresh:
-                self.delete_adapter(adapter_name)
-            raise
-        if not is_trainable:
-            self.set_requires_grad(adapter_name, False)
-            if any(m.training for _, m in whole.walk(self)):  # what was added is as the layers around it are
-                self.eval()
-        return report
+        return persistence.load(
+            self, model_id, adapter_name, is_trainable, torch_device, autocast_adapter_dtype, key_mapping, **kwargs
+        )
 
     def _names(self) -> list[str]:
         return list(self.peft_config) if self._has_tuner or self._peft_config else []
@@ -752,39 +650,6 @@ class PeftModel(nn.Module):
         self._add(name, config, True, autocast)
         if len(self._names()) == 1:
             self.active_adapter = name
-
-    def _check_base(self, path: Path, adapter_name: str) -> None:
-        """Raise if the file says that it was trained on other base weights."""
-        if path.suffix != ".safetensors" or self.peft_config[adapter_name].is_prompt_learning:
-            return
-        text = tensors.header(path).metadata.get(fingerprint.METADATA_KEY)
-        saved = fingerprint.decode(text, str(path)) if text else None
-        current = state.base_sketch(self, adapter_name, fingerprint.names(saved)) if saved else None
-        if saved is None or current is None:
-            return
-        saved = state.sketch_here(self, adapter_name, saved, current)
-        # What is not here at all, the tensors of the adapter will say better.
-        found = [d for d in fingerprint.compare(saved, current) if not d.harmless and d.what != "missing"]
-        if found:
-            raise BaseMismatchError(
-                f"The adapter in {str(path)!r} was trained on another base model: {fingerprint.explain(found)} Load "
-                f"the base model that its config names ({self.peft_config[adapter_name].base_model_name_or_path!r}), "
-                "or pass check_base=False to load it all the same."
-            )
-
-
-class _NoBias:
-    """A prompt config as `state.load_tensors` sees it: nothing of the base model's biases is in the file."""
-
-    def __init__(self, config: PeftConfig) -> None:
-        self.config = config
-        self.bias = "none"
-        self.inference_mode = config.inference_mode
-
-
-def _name_of(model: nn.Module) -> str | None:
-    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and name else None
 
 
 __all__ = ["PeftModel", "PeftType", "TaskType"]
