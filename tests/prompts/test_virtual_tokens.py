@@ -215,6 +215,13 @@ def test_multitask_prompts_need_a_model_that_takes_embeddings_beside_labels():
     assert logits.shape == (2, TOKENS + 6, VOCABULARY)
 
 
+def test_two_prompts_need_an_encoder_and_a_decoder():
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is one stack"):
+        adapted(make("llama"), p=config(num_transformer_submodules=2))
+    with pytest.raises(ConfigError, match="choose the task_type"):
+        adapted(make("llama"), p=config(task_type="SEQ_2_SEQ_LM"))
+
+
 def test_kinds_do_not_mix_in_one_batch():
     model = adapted(make("llama"), a=config(), b=config(PrefixTuningConfig))
     with pytest.raises(UnsupportedError, match="two calls"):

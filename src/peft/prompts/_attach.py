@@ -37,8 +37,9 @@ class Scope:
             as keys and values.
         side: Which virtual tokens, see `VirtualTokens.tokens`.
         view: The cache view of the forward that is running, for layers that are checkpointed.
-        reentrant: Some of these layers are checkpointed reentrantly: they give gradients only if an input asks for
-            them, and prompts are not among the inputs.
+        checkpointed: Some layers are, in the forward that is running.
+        reentrant: Some of them reentrantly: they give gradients only if an input asks for them, and prompts are not
+            among the inputs.
     """
 
     site: Site
@@ -46,6 +47,7 @@ class Scope:
     virtual: bool = False
     side: int = 0
     view: Any = None
+    checkpointed: bool = False
     reentrant: bool = False
 
 
@@ -114,6 +116,8 @@ class Site:
         if opened.virtual:
             return _map_output(output, partial(_cut_tokens, length=opened.rows.length, first=_first(output)))
         view, opened.view, opened.reentrant = kwargs.get("past_key_values"), None, False
+        if isinstance(output, tuple) and view.real is None:
+            return tuple(value for value in output if value is not view)
         return _map_output(output, lambda value: value.real if value is view else value)
 
     def embedded(self, words: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -160,6 +164,8 @@ def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple
     crossing = kwargs.get("encoder_hidden_states") is not None
     real = _real_cache(stack, kwargs, opened, accepts, crossing)
     view = opened.view = kwargs["past_key_values"] = _cache.prefixed(rows, real, crossing)
+    if "use_cache" in accepts and not opened.checkpointed:
+        kwargs["use_cache"] = True  # without it, some stacks (Whisper) hand their layers no cache at all
 
     shifts = rows.shifts(batch, device)
     if kwargs.get("position_ids") is not None:
@@ -183,9 +189,10 @@ def _real_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple[st
     real = kwargs.get("past_key_values")
     if isinstance(real, (tuple, list)):
         raise UnsupportedError("past_key_values is a tuple; pass a transformers Cache, DynamicCache(...) for instance.")
-    checkpointed = _restore_in_checkpoints(stack) if stack.training and torch.is_grad_enabled() else []
-    if checkpointed:
-        opened.reentrant = any(_is_reentrant(function) for function in checkpointed)
+    functions = _restore_in_checkpoints(stack) if stack.training and torch.is_grad_enabled() else []
+    opened.checkpointed = bool(functions)
+    if functions:
+        opened.reentrant = any(_is_reentrant(function) for function in functions)
         if opened.reentrant and kwargs.get("inputs_embeds") is not None:
             kwargs["inputs_embeds"] = _requiring_grad(kwargs["inputs_embeds"])
         return None

@@ -163,7 +163,7 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
     embeds = kwargs.pop("inputs_embeds", None)
     ids = kwargs.pop("input_ids", None)
     if embeds is None:
-        embeds = _geometry.word_embeddings(base)(ids)
+        embeds = _embedded(base, ids)
     batch, length = embeds.shape[:2]
     for name in ("token_type_ids", "position_ids"):
         if kwargs.get(name) is not None and name not in accepts:
@@ -190,6 +190,16 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
     if rows.ragged and _task(model) == TaskType.SEQ_CLS:
         _align_left(rows, kwargs)
     return base(**kwargs)
+
+
+def _embedded(base: nn.Module, ids: Tensor | None) -> Tensor:
+    """The input embeddings of token ids."""
+    if ids is None:
+        raise UnsupportedError(
+            f"{type(base).__name__} was called without input_ids or inputs_embeds. Virtual tokens stand before tokens "
+            "of text; on models that read something else, use prefix tuning or a weight method such as LoRA."
+        )
+    return _geometry.word_embeddings(base)(ids)
 
 
 def _align_left(rows: Rows, kwargs: dict) -> None:
@@ -265,7 +275,7 @@ def _encoder_inputs(base: nn.Module, rows: Rows, args: tuple, kwargs: dict) -> d
     ids = inputs if ids is None else ids
     embeds = kwargs.pop("inputs_embeds", None)
     if embeds is None:
-        embeds = _geometry.word_embeddings(base)(ids)
+        embeds = _embedded(base, ids)
         if kwargs.get("attention_mask") is None:
             pad = getattr(base.config, "pad_token_id", None)
             if pad is not None and pad != getattr(base.config, "eos_token_id", None) and bool((ids == pad).any()):
