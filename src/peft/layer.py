@@ -96,9 +96,17 @@ class AdaptedLayer(AdapterHolder):
             update if leader.host_cls.one_hot == host.one_hot else update.transposed(Call(leader, leader.host, (), {}))
         )
 
+    @property
+    def _inside(self) -> AdaptedLayer | None:
+        """The adapted layer that this one stands around, if both change the same weight (rows of an embedding)."""
+        base: Any = self._modules["base_layer"]
+        return base if isinstance(base, AdaptedLayer) and not self._is_parameter else None
+
     def _split(self, names: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
         """Whether the merged base layer can serve as the bottom of the stack, and what is left to run on top."""
-        merged = tuple(self.merged_adapters)
+        merged, inside = tuple(self.merged_adapters), self._inside
+        if merged and inside is not None and inside._split(inside._stack(routing.current())) != (True, ()):
+            return False, names  # what is merged here lies on what is merged there
         if names[: len(merged)] == merged:
             return True, names[len(merged) :]
         rest = tuple(n for n in names if n not in merged)

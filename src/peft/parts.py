@@ -104,7 +104,9 @@ class Call:
     def run(self, x: Tensor) -> Tensor:
         if self._seen is not None and self._seen[0] is x:
             return self._seen[1]
-        if self.layer.merged_adapters:
+        if self.layer.merged_adapters and self.layer._inside is not None:
+            y: Tensor = self.layer.frozen.module(x, *self.args, **self.kwargs)
+        elif self.layer.merged_adapters:
             y = self.host.act(self.weight, self.bias, x, *self.args, **self.kwargs)
         else:
             y = self.layer.base_layer(x, *self.args, **self.kwargs)

@@ -182,9 +182,7 @@ class BaseTuner(nn.Module):
 
         If a layer would refuse, nothing is merged.
         """
-        whole.check_merge(self.model, safe_merge, adapter_names)
-        for layer in reversed(list(whole.layers(self.model))):  # of two around one weight, the inner first
-            layer.merge(safe_merge, adapter_names)
+        whole.merge_all(self.model, safe_merge, adapter_names)
         for copies in whole.copies(self.model):
             copies.merge(safe_merge, adapter_names)
 
