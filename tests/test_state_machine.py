@@ -132,13 +132,12 @@ class Oracle:
         model = copy.deepcopy(self.base)
         for place in PLACES:
             layers = {name: self.alone[name].base_model.model.get_submodule(place) for name in names}
+            rows = {name: m.token_adapter for name, m in layers.items() if isinstance(m, TrainableTokensWrapper)}
             # Trained rows stand around the embedding with all its adapters: they are what is left, in any order.
-            for name in sorted(names, key=lambda name: isinstance(layers[name], TrainableTokensWrapper)):
-                layer = layers[name]
+            layers |= {name: m.base_layer for name, m in rows.items()}
+            for name, layer in [*layers.items(), *rows.items()]:
                 only = self.only(name)
-                if isinstance(layer, TrainableTokensWrapper):
-                    layer = layer.token_adapter
-                if isinstance(layer, AdaptedLayer):
+                if isinstance(layer, AdaptedLayer) and only in layer.available_adapters:
                     self._fold(model.get_submodule(place), layer, only)
                 elif isinstance(layer, ModulesToSaveWrapper):
                     model._modules[place] = layer.modules_to_save[only]
@@ -152,10 +151,6 @@ class Oracle:
         call = Call(layer, layer.host, (), {})
         host = layer.host_cls(module)
         weight, bias = host.weight(), host.bias()
-        inner = layer.base_layer
-        if isinstance(inner, AdaptedLayer) and name in inner.available_adapters:
-            Oracle._fold(module, inner, name)
-            weight, bias = host.weight(), host.bias()
         for update in layer.updates((name,)):
             weight, bias = update.weight(weight, call), update.add_bias(bias, call)
         adjust = host.adjust(weight)
