@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 """Paths of layers inside one expert of a mixture, which see the tokens that a router sends there."""
-_BY_NAME = ("_adapters", "_stored", "_banks", "_leaders", "_followers", "_originals", "_caches")
+_BY_NAME = ("_adapters", "_stored", "_banks", "_leaders", "_followers", "_originals", "_caches", "_waiting")
 _ADAPTER_STATE = ("base_layer", "_adapters", "_active_adapter", "merged_adapters")
 
 
@@ -54,6 +54,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     _followers: dict[str, list[Any]]
     _originals: dict[str, Any]
     _caches: dict[str, Any]
+    _waiting: dict[str, Site]
 
     def __init__(
         self,
@@ -194,6 +195,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             if host.device.type != "meta":
                 method.derive(parts, host)
+            else:
+                self._waiting[name] = site
             if not meta:
                 method.reset(parts, host)
         self.set_requires_grad(name, name in self._active_adapter)
@@ -227,6 +230,32 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             where = f" on {site.key!r} ({type(host.module).__name__}, {host.in_features} in, {host.out_features} out)"
             raise TargetError(f"{method.peft_type}{where}: {error}") from None
         return settings, made
+
+    def _derive_late(self) -> None:
+        """Derive what follows from a base layer that had no values yet when the adapters were put here."""
+        host = self.frozen
+        if host.device.type == "meta":
+            return
+        for name, site in self._waiting.items():
+            shared: list[Any] = [bank[name] for bank in self._banks.values() if name in bank]  # type: ignore[operator,index]
+            if any(
+                t.is_meta for held in shared for t in ((held,) if isinstance(held, Tensor) else dict(held).values())
+            ):
+                raise StateError(
+                    f"What the layers of adapter {name!r} share follows from base weights that were on the meta device "
+                    "when it was made. Load the base weights first, then add or load the adapter."
+                )
+            config, loaded = self._adapters[name], []
+            for slot, old in [(s, v) for s, v in self.slots(name) if s.derived]:
+                fresh = torch.empty_like(old, device=host.device)
+                value = nn.Parameter(fresh, requires_grad=False) if isinstance(old, nn.Parameter) else fresh
+                self._modules[self._stored[slot.name]][name] = value  # type: ignore[index]
+                loaded += [(value, old)] if slot.is_saved(config) and not old.is_meta else []
+            with torch.no_grad():
+                method_of(config).derive(Parts(self, name, site), host)
+                for value, old in loaded:  # what a file holds stands
+                    value.copy_(old)
+        self._waiting.clear()
 
     def _take_on(self, method: WeightMethod) -> None:
         """Become a layer that has adapters of this method."""
@@ -284,6 +313,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         swap = {old: new}
         self._adapters = {swap.get(n, n): c for n, c in self._adapters.items()}
         self._leaders = {swap.get(n, n): layer for n, layer in self._leaders.items()}
+        self._waiting = {swap.get(n, n): site for n, site in self._waiting.items()}
         self._followers = {swap.get(n, n): held for n, held in self._followers.items()}
         self._active_adapter = [swap.get(n, n) for n in self._active_adapter]
         self.merged_adapters = [swap.get(n, n) for n in self.merged_adapters]
@@ -326,8 +356,13 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             if name in held:
                 del held[name]
         self._adapters.pop(name, None)
+<<<<<<< HEAD
         self._caches.pop("norms", None)
         self._caches.pop("rows", None)
+=======
+        self._waiting.pop(name, None)
+        self._caches.pop("norms", None), self._caches.pop("rows", None)
+>>>>>>> 7e2a77d (Adapters put on a meta device derive what follows from W once it is there, or say that they can't; the contract tries it)
         self._followers.pop(name, None)
         leader = self._leaders.pop(name, None)
         if leader is not None and self in leader._followers.get(name, ()):

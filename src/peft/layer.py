@@ -84,6 +84,8 @@ class AdaptedLayer(AdapterHolder):
 
     def updates(self, names: Iterable[str], running: bool = False) -> list[Update]:
         """The updates that these adapters are, with their dropout if they are `running`."""
+        if self._waiting:
+            self._derive_late()
         host = self.frozen
         return [self._update(n, host, running) for n in names]
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from peft import registry, whole
+from peft import inject, registry, whole
 from peft.config import TargetedConfig
-from peft.errors import ConfigError, TargetError, UnsupportedError
+from peft.errors import ConfigError, StateError, TargetError, UnsupportedError
 from peft.layer import AdaptedLayer
 from peft.method import WeightMethod, method_of
 from peft.model import PeftModel
@@ -599,6 +599,29 @@ def _moves(t: Trial) -> None:
         PeftModel(t.base().to("meta"), t.place.target(copy.deepcopy(t.config))),
     ):
         assert model(x.to("meta")).shape == y.shape, "outputs on the meta device have another shape"
+
+
+@_check("late weights")
+def _late(t: Trial) -> None:
+    """An adapter loaded onto a meta device is whole once the base weights come, or was refused."""
+    model, x = t.adapted(), t.input()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        try:
+            late = PeftModel.from_pretrained(t.base().to("meta"), folder)
+            _fill(late.get_base_model(), t.base().requires_grad_(False))
+            y = late(x)
+        except StateError as refusal:
+            raise UnsupportedError(str(refusal)) from None
+    close(y, model(x), TOLERANCE[torch.float32], "outputs with base weights before and after loading")
+
+
+def _fill(adapted: nn.Module, base: nn.Module) -> None:
+    """Give an adapted model the tensors of a bare one, as loading with `assign=True` does."""
+    for path, module in base.named_modules():
+        place = inject._inner(inject._at(adapted, path) if path else adapted)
+        place._parameters.update(module._parameters)
+        place._buffers.update(module._buffers)
 
 
 @_check("copies")

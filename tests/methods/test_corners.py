@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import peft
-from peft.errors import TargetError
+from peft.errors import StateError, TargetError
 from peft.testing import Holder, SelfAttention, close, merged, same, same_state, state_of, train
+from peft.whole import rename_adapter
 
 
 def stack(layer: nn.Module, *configs: peft.PeftConfig, seed: int = 0) -> peft.PeftModel:
@@ -151,3 +152,25 @@ def test_the_smallest_cases_train_and_are_saved(layer, config, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(Holder(bare).double(), tmp_path / "0", adapter_name="0")
     close(loaded(x), model(x), 1e-12, "outputs of the saved and the loaded model")
+
+
+def test_shared_tensors_of_a_base_without_values_are_refused_once_it_has_them(tmp_path):
+    """Bases that files leave out are drawn where the base model is: on the meta device they were not."""
+    bare = nn.Sequential(nn.Linear(4, 6))
+    config = peft.VeraConfig(r=2, save_projection=False, target_modules=["0"])
+    peft.get_peft_model(copy.deepcopy(bare), config).save_pretrained(tmp_path)
+    late = peft.PeftModel.from_pretrained(copy.deepcopy(bare).to("meta"), tmp_path)
+    late.base_model.model[0].base_layer = bare[0]
+    with pytest.raises(StateError, match="base weights first"):
+        late(torch.ones(1, 4))
+
+
+def test_what_follows_from_a_seed_is_made_once_the_base_has_values(tmp_path):
+    bare, x = nn.Sequential(nn.Linear(4, 6)), torch.ones(1, 4)
+    config = peft.PsoftConfig(r=2, target_modules=["0"], init_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(bare), config)
+    model.save_pretrained(tmp_path)
+    late = peft.PeftModel.from_pretrained(copy.deepcopy(bare).to("meta"), tmp_path)
+    rename_adapter(late, "default", "late")
+    late.base_model.model[0].base_layer = bare[0].requires_grad_(False)
+    close(late(x), model.eval()(x), 1e-6, "outputs of adapters loaded before and after the base weights")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import TargetedConfig, choice, positive
-from peft.errors import ConfigError
+from peft.errors import ConfigError, StateError
 from peft.hosts import Host
 from peft.layer import AdaptedLayer
 from peft.method import Site, WeightMethod
@@ -90,7 +90,7 @@ class Adamss(WeightMethod, peft_type="ADAMSS", config=AdamssConfig):
         Slot("adamss_B", lambda s: _heights(s), kind="group"),
         Slot("adamss_newB", "r wide", kind="buffer"),
     )
-    settings = ("r", "num_subspaces", "scatter_index")
+    settings = ("r", "num_subspaces", "scatter_index", "blind")
     tuner_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
     samples = (
         {"r": 4, "num_subspaces": 2},
@@ -106,7 +106,17 @@ class Adamss(WeightMethod, peft_type="ADAMSS", config=AdamssConfig):
         groups, ranks = clusters(matrix, config, r)
         order = torch.tensor([row for rows in groups for row in rows])
         sizes = {"wide": matrix.shape[1], "ranks": ranks, "rows": [len(g) for g in groups]}
-        return {"r": r, "num_subspaces": len(groups), "scatter_index": order.argsort(), **sizes}
+        blind = _without_values(matrix)
+        return {"r": r, "num_subspaces": len(groups), "scatter_index": order.argsort(), "blind": blind, **sizes}
+
+    def derive(self, p: Parts, host: Host) -> None:
+        if p.blind and not _without_values(augmented(host.weight(), host.bias())):
+            raise StateError(_BLIND)
+
+    def from_file(self, p: Parts, tensors: dict[str, Tensor], config: AdamssConfig) -> dict[str, Tensor]:
+        if p.blind:
+            raise StateError(_BLIND)
+        return tensors
 
     def reset(self, p: Parts, host: Host) -> None:
         base = p.call(host)
@@ -121,6 +131,17 @@ class Adamss(WeightMethod, peft_type="ADAMSS", config=AdamssConfig):
         inner = host.in_features
         shift = up @ (middle @ p.adamss_newB[:, inner]) if p.adamss_newB.shape[1] > inner else None
         return Add(Bilinear(p.adamss_newB[:, :inner], middle, up), shift)
+
+
+_BLIND = (
+    "AdaMSS groups the rows of W by their values, which neither were there when the adapter was made (meta device) nor "
+    "stand in files. Load the base weights first, then add or load the adapter."
+)
+
+
+def _without_values(matrix: Tensor) -> bool:
+    """Whether a matrix has a shape only: on the meta device, or fake."""
+    return type(matrix) is not Tensor or matrix.device.type == "meta"
 
 
 def _heights(sizes: Sizes) -> dict[str, tuple[int, int]]:
@@ -147,7 +168,7 @@ def clusters(matrix: Tensor, config: AdamssConfig, r: int) -> tuple[list[list[in
     """Rows in groups, and the rank of each. Without values (meta, fake tensors): even groups, for their shapes."""
     out = matrix.shape[0]
     count = min(config.num_subspaces, out)
-    if type(matrix) is not Tensor or matrix.device.type == "meta":
+    if _without_values(matrix):
         groups = [list(range(out))[k::count] for k in range(count)]
         return groups, [min(config.subspace_rank, len(g), r) for g in groups]
     try:

@@ -141,7 +141,9 @@ class Frod(WeightMethod, peft_type="FROD", config=FrodConfig):
         p.frod_start.copy_(lengths)
         p.frod_U.copy_(columns / lengths.clamp_min(1e-12))
 
-    loaded = derive
+    def loaded(self, p: Parts, host: Host) -> None:
+        if host.device.type != "meta":
+            self.derive(p, host)
 
     def reset(self, p: Parts, host: Host) -> None:
         p.frod_lambda_l.copy_(p.frod_start)
