@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from peft.checkpoint import files, header, strict_json, tensors
 from peft.errors import AdapterNotFoundError, CorruptFileError, SaveError
@@ -229,6 +230,37 @@ def test_a_limit_is_a_limit(tmp_path: Path) -> None:
     ):
         with pytest.raises(CorruptFileError, match="limit_bytes"):
             tensors.read(path, limit_bytes=399)
+
+
+def test_no_flipped_bit_is_read_as_something_else(tmp_path: Path) -> None:
+    named = {"b": torch.randn(3, 2), "a": torch.randn(2).half()}
+    path = tmp_path / "x.safetensors"
+    files.save(tmp_path, {path.name: tensors.encode(named, {"k": "v"}, checksum=True)})
+    content = path.read_bytes()
+    refused = 0
+    for bit in range(0, 8 * len(content), 3):
+        path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+        try:
+            found = tensors.read(path)
+        except CorruptFileError:
+            refused += 1
+            continue
+        assert found.keys() == named.keys()
+        assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in named.items())
+    assert refused > 2 * len(content)
+
+
+def test_a_checksum_outlives_honest_rewriting_and_no_other(tmp_path: Path) -> None:
+    named = {"b": torch.randn(3, 2), "a": torch.randn(2).half()}
+    path = tmp_path / "x.safetensors"
+    files.save(tmp_path, {path.name: tensors.encode(named, {"k": "v"}, checksum=True)})
+    metadata = tensors.header(path).metadata
+    save_file(named, path, metadata=metadata)
+    assert tensors.read(path).keys() == named.keys()
+    save_file({**named, "b": named["b"] + 1}, path, metadata=metadata)
+    with pytest.raises(CorruptFileError, match="edited on purpose"):
+        tensors.read(path)
+    assert tensors.CHECKSUM_KEY not in tensors.encode(named, metadata).metadata
 
 
 @FUZZ

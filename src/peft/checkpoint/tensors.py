@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Collection, Mapping
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -19,6 +20,13 @@ from peft.checkpoint import header as headers
 from peft.checkpoint.header import Header, corrupt
 from peft.errors import CorruptFileError, SaveError
 
+CHECKSUM_KEY = "peft.crc32"
+"""Entry of a file's metadata: the CRC-32 of names, dtypes and shapes in the order of the data, and of the data.
+
+Whoever rewrites the same tensors and keeps the metadata, keeps it right.
+"""
+
+_NO_SUM = "0" * 8
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES: Mapping[str, str] = {
     "F64": "float64",
@@ -85,11 +93,34 @@ def read(
 def _read_safetensors(path: Path, device: torch.device, limit_bytes: int | None) -> dict[str, Tensor]:
     checked = headers.read(path)
     _limit(path, checked.nbytes, limit_bytes)
+    if CHECKSUM_KEY in checked.metadata:
+        _check_sum(path, checked)
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name) for name in checked.tensors}
     except (safetensors.SafetensorError, AttributeError) as error:  # a dtype that this torch does not have
         raise corrupt(path, str(error)) from error
+
+
+def _check_sum(path: Path, checked: Header) -> None:
+    total = _sum_of_names((name, info.dtype, info.shape) for name, info in checked.tensors.items())
+    with open(path, "rb") as file:
+        file.seek(-checked.nbytes, os.SEEK_END)
+        while chunk := file.read(1 << 20):
+            total = zlib.crc32(chunk, total)
+    if f"{total:08x}" != checked.metadata[CHECKSUM_KEY]:
+        raise corrupt(
+            path,
+            "its tensors are not those that were written (checksum). If it was edited on purpose, write it without "
+            f"the metadata entry {CHECKSUM_KEY!r}",
+        )
+
+
+def _sum_of_names(entries: Iterable[tuple[str, str, Sequence[int]]]) -> int:
+    total = 0
+    for name, dtype, shape in entries:
+        total = zlib.crc32(f"{name} {dtype} {list(shape)}\n".encode(), total)
+    return total
 
 
 def _read_pickle(path: Path, device: torch.device, limit_bytes: int | None) -> dict[str, Tensor]:
@@ -184,10 +215,19 @@ class Payload:
         if self.pickled:
             torch.save({name: _on_cpu(tensor).clone() for name, tensor in self.tensors.items()}, file)
             return
+        start = file.tell() if CHECKSUM_KEY in self.metadata else 0
         file.write(self._head)
+        total = _sum_of_names((name, _DTYPE_NAMES[t.dtype], t.shape) for name, t in self.tensors.items())
         for tensor in self.tensors.values():
             if tensor.numel():
-                file.write(_on_cpu(tensor).reshape(-1).view(torch.uint8).numpy().data)
+                part = _on_cpu(tensor).reshape(-1).view(torch.uint8).numpy().data
+                file.write(part)
+                if CHECKSUM_KEY in self.metadata:
+                    total = zlib.crc32(part, total)
+        if CHECKSUM_KEY in self.metadata:
+            file.seek(start + self._head.index(f'"{CHECKSUM_KEY}":"{_NO_SUM}"'.encode()) + len(CHECKSUM_KEY) + 4)
+            file.write(f"{total:08x}".encode())
+            file.seek(0, os.SEEK_END)
 
 
 def encode(
@@ -196,6 +236,7 @@ def encode(
     *,
     pickled: bool = False,
     allow_empty: Collection[str] = (),
+    checksum: bool = False,
 ) -> Payload:
     """Check tensors and lay out the file that will hold them. Hand the result to `files.save`.
 
@@ -207,6 +248,7 @@ def encode(
         metadata: Strings for the safetensors header; `{"format": "pt"}` is added. Pickles hold none.
         pickled: Write the older `.bin` format.
         allow_empty: Names that may have no elements (an AdaLoRA layer pruned to rank 0, say).
+        checksum: Put one into the metadata, which `read` checks; the file it is written to must be seekable.
 
     Raises:
         SaveError: a tensor that no file can hold, with the way to get one that it can.
@@ -225,6 +267,9 @@ def encode(
         raise SaveError("The adapter was not saved: safetensors metadata maps strings to strings.")
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     metadata = {"format": "pt", **(metadata or {})}
+    metadata.pop(CHECKSUM_KEY, None)  # that of the file it was read from
+    if checksum:
+        metadata[CHECKSUM_KEY] = _NO_SUM
     entries: dict[str, object] = {headers.METADATA: metadata}
     position = 0
     for name, tensor in ordered.items():

@@ -134,7 +134,7 @@ def save_as_lora(
     config, found = conversion
     sketch = state.base_sketch(model, adapter_name)
     metadata = {} if sketch is None else {fingerprint.METADATA_KEY: fingerprint.encode(sketch)}
-    payload = tensors.encode(found, metadata)
+    payload = tensors.encode(found, metadata, checksum=True)
     files.save(path, {files.CONFIG_NAME: config.to_json_string(), files.SAFETENSORS_NAME: payload})
     return conversion.report
 

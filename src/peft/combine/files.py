@@ -73,7 +73,11 @@ def combine_files(
         config, state, report = _combine_linear(names, configs, states, weights, combination_type, options)
     metadata = _common_metadata(places)
     files.save(
-        out_dir, {files.CONFIG_NAME: config.to_json_string(), files.SAFETENSORS_NAME: tensors.encode(state, metadata)}
+        out_dir,
+        {
+            files.CONFIG_NAME: config.to_json_string(),
+            files.SAFETENSORS_NAME: tensors.encode(state, metadata, checksum=True),
+        },
     )
     return report
 
