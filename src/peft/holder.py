@@ -356,13 +356,9 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             if name in held:
                 del held[name]
         self._adapters.pop(name, None)
-<<<<<<< HEAD
+        self._waiting.pop(name, None)
         self._caches.pop("norms", None)
         self._caches.pop("rows", None)
-=======
-        self._waiting.pop(name, None)
-        self._caches.pop("norms", None), self._caches.pop("rows", None)
->>>>>>> 7e2a77d (Adapters put on a meta device derive what follows from W once it is there, or say that they can't; the contract tries it)
         self._followers.pop(name, None)
         leader = self._leaders.pop(name, None)
         if leader is not None and self in leader._followers.get(name, ()):
