@@ -309,3 +309,27 @@ def test_entries_lie_onto_a_weight_as_a_sum_would():
     source, gathered = op.pull_dense(grad)
     (found,) = torch.autograd.grad(source, op.values, gathered)
     torch.testing.assert_close(found, torch.autograd.grad(op.dense(), op.values, grad)[0])
+
+
+@pytest.mark.parametrize("sizes", [(8, 12), (7, 9), (12, 5), (1, 1)])
+@pytest.mark.parametrize("kind", ["Fourier", "BlockCirculant"])
+def test_transforms_in_chunks_equal_differentiated_ones(kind, sizes, monkeypatch):
+    out, inner = sizes
+    if kind == "Fourier":
+        places = torch.randperm(out * inner)[:5].clamp_max(out * inner - 1)
+        source = torch.randn(places.shape[0], dtype=torch.float64, requires_grad=True)
+        op: Operator = ops.Fourier(torch.stack((places // inner, places % inner)), source, out, inner, 3.0)
+    else:
+        source = torch.randn(out, inner, 3, dtype=torch.float64, requires_grad=True)
+        op = ops.BlockCirculant(source)
+    monkeypatch.setattr(f"peft.operators.{'sparse' if kind == 'Fourier' else 'blocks'}.chunk", lambda *_: 2)
+    x = torch.randn(5, op.shape[1], dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(5, op.shape[0], dtype=torch.float64)
+    wanted = x @ op.dense().mT
+    with torch.no_grad():
+        torch.testing.assert_close(op.apply(x), wanted, **EXACT)
+    torch.testing.assert_close(op.apply(x), wanted, **EXACT)
+    pulled = op.pull(x, grad, need_x=True)
+    assert pulled is not None
+    (found,) = torch.autograd.grad(pulled[1], source, pulled[2])
+    torch.testing.assert_close((pulled[0], found), torch.autograd.grad(wanted, (x, source), grad), **EXACT)

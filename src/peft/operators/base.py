@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from peft.errors import ShapeError
 
@@ -149,6 +150,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return dtype if isinstance(value, torch.dtype) else value
 
 
+def eager() -> bool:
+    """Whether operations run one by one, here and now: nothing compiles, vectorises or differentiates functions."""
+    compiling = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not compiling and forward_ad._current_level < 0
+
+
 def act(op: Operator, x: Tensor) -> Tensor:
     """`op.apply(x)`, or one GEMM with `op.dense()` where that takes fewer operations.
 
@@ -175,6 +182,16 @@ def rfft_flops(size: int) -> float:
 def cheapest(op: Operator, tokens: int) -> float:
     """Operations of `act(op, x)` for `tokens` vectors."""
     return min(op.flops(tokens), op.flops_dense(tokens))
+
+
+def chunk(like: Tensor, width: int) -> int:
+    """Tokens of `width` elements that are transformed at a time: on a CPU, as many as stay in its cache."""
+    return max(1, (1 << 17 if like.device.type == "cpu" else 1 << 24) // width)
+
+
+def unrecorded(*tensors: Tensor) -> bool:
+    """Whether nothing follows what happens to these tensors, so that results may be written in place."""
+    return eager() and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def scaled(x: Tensor, scale: Scale) -> Tensor:

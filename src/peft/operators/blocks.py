@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from peft.operators.base import Operator, Scale, expect, gemm, rfft_flops, scaled, widened
+from peft.operators.base import Operator, Scale, chunk, eager, expect, gemm, rfft_flops, scaled, unrecorded, widened
 
 _GROUP = 64
 """Blocks are multiplied in groups of about this size: smaller products cost more than the zeros in these (measured)."""
@@ -84,12 +83,6 @@ def _grouped(blocks: Tensor) -> Tensor:
     wide = blocks.new_zeros(count // many, many, size, many, size)
     wide.diagonal(dim1=1, dim2=3).copy_(blocks.unflatten(0, (-1, many)).movedim(1, -1))
     return wide.flatten(3).flatten(1, 2)
-
-
-def eager() -> bool:
-    """Whether operations run one by one, here and now: nothing compiles, vectorises or differentiates functions."""
-    compiling = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return not compiling and forward_ad._current_level < 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +181,19 @@ class LowRankGrid(Operator):
         return gemm(self.shape[0], self.shape[1], rank // count) + gemm(tokens, *self.shape)
 
 
+def _spectra(x: Tensor, count: int) -> Tensor:
+    """x (n, count b) -> Fourier coefficients of each block of each token (b / 2 + 1, count, n)."""
+    half = torch.fft.rfft(widened(x).unflatten(1, (count, -1)))
+    return half.flatten(1).mT.contiguous().unflatten(0, (count, -1)).transpose(0, 1)
+
+
+def _signals(spectra: Tensor, size: int) -> Tensor:
+    """The inverse of `_spectra`, for blocks of `size`."""
+    frequencies, count, _ = spectra.shape
+    half = spectra.transpose(0, 1).flatten(0, 1).mT.contiguous().unflatten(1, (count, frequencies))
+    return torch.fft.irfft(half, n=size).flatten(1)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockCirculant(Operator):
     """Circulant blocks over the number of inputs: C3A (arXiv 2407.19342), applied by real FFTs.
@@ -207,11 +213,35 @@ class BlockCirculant(Operator):
     def apply(self, x: Tensor) -> Tensor:
         if x.numel() == 0:  # FFTs refuse an empty batch
             return F.linear(x, self.dense())
-        _, cols, size = self.kernel.shape
+        rows, cols, size = self.kernel.shape
+        if x.dim() == 2 and unrecorded(x, self.kernel):
+            y = torch.empty(x.shape[0], rows * size, dtype=x.dtype, device=x.device)
+            kernel, tokens = self._spectrum().conj_physical(), chunk(x, max(self.shape))
+            for part, into in zip(x.split(tokens), y.split(tokens), strict=True):
+                into.copy_(_signals(kernel @ _spectra(part, cols), size))
+            return y
         spectrum = torch.fft.rfft(widened(x).unflatten(-1, (cols, size)))
         kernel = torch.fft.rfft(widened(self.kernel) / (cols * size)).conj()
         y = torch.fft.irfft(torch.einsum("...nf,mnf->...mf", spectrum, kernel), n=size)
         return y.flatten(-2).to(x.dtype)
+
+    def _spectrum(self) -> Tensor:
+        """Fourier coefficients of the blocks (b / 2 + 1, out / b, in / b)."""
+        return torch.fft.rfft(widened(self.kernel.detach()) / self.shape[1]).permute(2, 0, 1).contiguous()
+
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        rows, cols, size = self.kernel.shape
+        kernel, found, tokens = self._spectrum(), 0.0, chunk(x, max(self.shape))
+        back = torch.empty_like(x) if need_x else None
+        with torch.no_grad():
+            for start in range(0, x.shape[0], tokens):
+                part = slice(start, start + tokens)
+                seen, pulled = _spectra(x[part], cols), _spectra(grad[part], rows)
+                found = pulled.conj() @ seen.mT + found
+                if back is not None:
+                    back[part] = _signals(kernel.mT @ pulled, size)
+            total = torch.fft.irfft(found.permute(1, 2, 0), n=size) / self.shape[1]  # type: ignore[union-attr]
+        return back, self.kernel, total.to(self.kernel.dtype)
 
     def dense(self) -> Tensor:
         size = self.kernel.shape[2]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, expect, gemm, rfft_flops, scaled, widened
+from peft.operators.base import Operator, Scale, chunk, expect, gemm, rfft_flops, scaled, unrecorded, widened
 
 GATHERED = 512.0
 """What gathering, scaling and scattering one element costs, in floating point operations of a GEMM.
@@ -89,6 +90,12 @@ class Sparse(Operator):
         return GATHERED * self.values.shape[0] + self.out * self.inner + gemm(tokens, self.out, self.inner)
 
 
+def _spectrum(x: Tensor) -> Tensor:
+    """x (n, k) -> its Fourier coefficients over k (k / 2 + 1, 2 n), real parts before imaginary ones."""
+    half = torch.view_as_real(torch.fft.rfft(widened(x), norm="forward"))
+    return half.flatten(1).mT.contiguous().unflatten(0, (-1, 2)).flatten(1)
+
+
 @dataclass(frozen=True, eq=False)
 class Fourier(Operator):
     """`scale * Re(ifft2(S))`, S holding `values` (k,) at `index` (2, k): FourierFT (arXiv 2405.03003).
@@ -114,6 +121,11 @@ class Fourier(Operator):
     def apply(self, x: Tensor) -> Tensor:
         if x.numel() == 0:  # FFTs refuse an empty batch
             return F.linear(x, self.dense())
+        if x.dim() == 2 and unrecorded(x, self.values):
+            y = torch.empty(x.shape[0], self.out, dtype=x.dtype, device=x.device)
+            for part, into in zip(x.split(self._chunk), y.split(self._chunk), strict=True):
+                into.copy_(self._synthesis(_spectrum(part)))
+            return y
         _, cols = rows_and_columns(self.index, self.inner)
         mirrored = cols > self.inner // 2
         spectrum = torch.fft.rfft(widened(x).reshape(-1, self.inner), norm="forward").mT
@@ -136,6 +148,53 @@ class Fourier(Operator):
         factor = torch.stack((weight, weight * sign)).to(waves.dtype) * widened(self.values)
         half = waves.new_zeros(2, self.out // 2 + 1, waves.shape[2]).index_add(1, place, waves * factor[..., None])
         return scaled(torch.fft.irfft(torch.complex(half[0].mT, half[1].mT), n=self.out), self.scale)
+
+    # In chunks of tokens, frequencies first: what is gathered and scattered are rows of memory, and stays in the cache.
+
+    @property
+    def _chunk(self) -> int:
+        return chunk(self.values, max(self.out, self.inner))
+
+    @cached_property
+    def _folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Places (k,) of rows and of columns in half spectra; weights (k,) that irfft makes of 1; signs (k,) of
+        imaginary parts."""
+        rows, cols = rows_and_columns(self.index, self.inner)
+        below, right = 2 * rows > self.out, 2 * cols > self.inner
+        place = torch.where(below, self.out - rows, rows)
+        once = (place == 0) | (2 * place == self.out)  # irfft counts the other frequencies with their mirror images
+        dtype = widened(self.values).dtype
+        weight = torch.where(once, 1.0, 0.5).to(dtype)
+        sign = torch.where(below == right, -1.0, 1.0).to(dtype)
+        return place, torch.where(right, self.inner - cols, cols), weight, sign
+
+    def _synthesis(self, spectrum: Tensor) -> Tensor:
+        """`_spectrum` (inner / 2 + 1, 2 n) of the input -> output (n, out)."""
+        rows, cols, weight, sign = self._folded
+        factor = scaled(widened(self.values).detach() * weight, self.scale)
+        waves = spectrum.index_select(0, cols).unflatten(1, (2, -1))
+        waves = waves.mul_(torch.stack((factor, factor * sign), dim=1)[:, :, None])
+        half = waves.new_zeros(self.out // 2 + 1, spectrum.shape[1]).index_add_(0, rows, waves.flatten(1))
+        signal = half.unflatten(1, (2, -1)).flatten(0, 1).mT.contiguous().unflatten(1, (-1, 2))
+        return torch.fft.irfft(torch.view_as_complex(signal), n=self.out)
+
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        if isinstance(self.scale, Tensor):
+            return None
+        rows, cols, _, sign = self._folded
+        adjoint, found = self.T, 0.0
+        back = torch.empty_like(x) if need_x else None
+        with torch.no_grad():
+            for start in range(0, x.shape[0], self._chunk):
+                part = slice(start, start + self._chunk)
+                seen, pulled = _spectrum(x[part]), _spectrum(grad[part])
+                pairs = seen.index_select(0, cols).mul_(pulled.index_select(0, rows))
+                found = pairs.unflatten(1, (2, -1)).sum(2) + found
+                if back is not None:
+                    back[part] = adjoint._synthesis(pulled)
+            # Spectra are means, as `ifft2` has it, but that of the gradient stands for a sum.
+            total = (found[:, 0] + sign * found[:, 1]) * (self.scale)
+        return back, self.values, total.to(self.values.dtype)
 
     def dense(self) -> Tensor:
         grid = Sparse(self.index, widened(self.values), self.out, self.inner).dense()
