@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from peft import registry, whole
 from peft.checkpoint import files, keys, tensors
 from peft.checkpoint.header import corrupt
 from peft.checkpoint.report import LoadReport
-from peft.errors import LoadError, SaveError
+from peft.errors import LoadError, PeftError, PeftWarning, SaveError
 from peft.method import WeightMethod
 
 JSON_NAME = "training_state.json"
@@ -41,9 +42,13 @@ def save_training_state(
     """Save all that a run needs to go on as if it had never stopped.
 
     That is: the tensors of all adapters and whatever else trains, the optimizer's state by parameter names, the
-    scheduler's state, and the random number generators of Python, NumPy and PyTorch (of this process). It is for
-    resuming; `model.save_pretrained` writes the adapter that others load. A save that fails or is killed leaves the
-    previous state whole.
+    scheduler's state, and the random number generators of Python, NumPy and PyTorch. It is for resuming;
+    `model.save_pretrained` writes the adapter that others load. A save that fails or is killed leaves the previous
+    state whole.
+
+    With several processes (`torch.distributed`) all of them call this, and rank 0 writes, with the random numbers of
+    each. Every process must hold the whole model, as under DDP: states that FSDP or DeepSpeed have sharded are for
+    `accelerator.save_state`.
 
     Args:
         directory: Made if missing.
@@ -54,10 +59,10 @@ def save_training_state(
         extra: More to get back: JSON types and tensors.
 
     Returns:
-        Bytes written, by file name.
+        Bytes written, by file name (rank 0).
 
     Raises:
-        SaveError: nothing was written; something has a state that JSON and safetensors can't hold.
+        SaveError: nothing was written; something is sharded, or has a state that JSON and safetensors can't hold.
 
     Example:
         >>> import torch
@@ -68,6 +73,10 @@ def save_training_state(
         >>> load_training_state("/tmp/peft-doc-state", model, optimizer)["step"]
         7
     """
+    model = _whole(model, optimizer, SaveError)
+    states = _gathered(_random_states())
+    if states is None:
+        return {}
     packer = _Packer()
     names = _names(model)
     document = {
@@ -77,7 +86,7 @@ def save_training_state(
         "optimizer": _of_optimizer(packer, optimizer, names),
         "scheduler": None if scheduler is None else packer.pack(scheduler.state_dict(), "scheduler"),
         "methods": packer.pack(_of_methods(model), "methods"),
-        "random": packer.pack(_random_states(), "random"),
+        "random": packer.pack(states, "random"),
         "extra": packer.pack(dict(extra or {}), "extra"),
     }
     values = {f"model.{name}": tensor.detach() for name, tensor in _kept(model).items()}
@@ -106,8 +115,9 @@ def load_training_state(
         `step`, `extra` and `adapters`, as they were saved.
 
     Raises:
-        LoadError: the parameters differ; the message lists which.
+        LoadError: the parameters differ; the message lists which. Or something is sharded.
     """
+    model = _whole(model, optimizer, LoadError)
     where = files.locate(directory, JSON_NAME)
     with files.reading(Path(directory)):
         document = files.read_config(where)
@@ -132,12 +142,47 @@ def load_training_state(
     if scheduler is not None:
         scheduler.load_state_dict(unpacker.unpack(document["scheduler"]))
     _set_methods(model, unpacker.unpack(document["methods"]))
-    _set_random_states(unpacker.unpack(document["random"]))
+    _set_random_states(unpacker.unpack(document["random"]), where)
     return {
         "step": document["step"],
         "extra": unpacker.unpack(document["extra"]),
         "adapters": document["adapters"],
     }
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _whole(model: nn.Module, optimizer: torch.optim.Optimizer, error: type[PeftError]) -> nn.Module:
+    """The model without what DDP wraps around it. Raises if this process does not hold all of each tensor."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for tensor in (*model.parameters(), *held):
+        if hasattr(tensor, "ds_id") or hasattr(tensor, "_is_flat_param") or hasattr(tensor, "placements"):
+            raise error(
+                "A training state is of whole tensors, and here FSDP, DeepSpeed ZeRO or tensor parallelism has sharded "
+                "them. Use accelerate's accelerator.save_state(directory) and load_state(directory)."
+            )
+    return model
+
+
+def _processes() -> tuple[int, int]:
+    """Rank of this process, and how many there are."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _gathered(states: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The random states of all processes, on rank 0; None elsewhere."""
+    rank, count = _processes()
+    if count == 1:
+        return [states]
+    found: list[Any] = [None] * count
+    torch.distributed.all_gather_object(found, states)
+    return found if rank == 0 else None
 
 
 # ---------------------------------------------------------------- the model
@@ -260,7 +305,17 @@ def _random_states() -> dict[str, Any]:
     return found
 
 
-def _set_random_states(states: Mapping[str, Any]) -> None:
+def _set_random_states(every: list[dict[str, Any]], where: Path) -> None:
+    rank, count = _processes()
+    if len(every) != count:
+        warnings.warn(
+            f"{str(where)!r} was saved by {len(every)} processes, and {count} go on: random numbers (dropout, "
+            "shuffling) are not those of the run that never stopped.",
+            PeftWarning,
+            stacklevel=3,
+        )
+        return
+    states = every[rank]
     random.setstate(states["python"])
     torch.set_rng_state(states["torch"])
     if "numpy" in states:

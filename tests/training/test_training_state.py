@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -19,7 +21,7 @@ from peft import (
     load_training_state,
     save_training_state,
 )
-from peft.errors import CorruptFileError, LoadError, SaveError
+from peft.errors import CorruptFileError, LoadError, PeftWarning, SaveError
 
 
 class Net(nn.Module):
@@ -208,4 +210,50 @@ def test_a_damaged_state_is_refused(tmp_path):
     path = tmp_path / "training_state.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(CorruptFileError, match="format 2"):
+        run.load(tmp_path)
+
+
+RANK = """
+import random, sys, numpy, torch
+from torch import distributed
+from tests.training.test_training_state import Run
+
+def numbers():
+    return random.random(), numpy.random.rand(), *torch.rand(2).tolist()
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+run = Run()
+random.seed(rank), numpy.random.seed(rank), torch.manual_seed(rank)
+run.save(folder + "/state")
+expected = numbers()
+distributed.barrier()
+Run().load(folder + "/state")
+assert numbers() == expected
+print(expected)
+"""
+
+
+def test_each_process_has_its_random_numbers_again(tmp_path):
+    command = [sys.executable, "-c", RANK]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    done = [process.communicate(timeout=240) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], done
+    assert done[0][0] != done[1][0]
+    run = Run()
+    with pytest.warns(PeftWarning, match="2 processes"):
+        run.load(tmp_path / "state")
+
+
+def test_sharded_tensors_are_for_accelerate(tmp_path):
+    run = Run()
+    next(run.model.parameters()).ds_id = 0  # as DeepSpeed marks the parameters that it has partitioned
+    with pytest.raises(SaveError, match="save_state"):
+        run.save(tmp_path)
+    with pytest.raises(LoadError, match="save_state"):
         run.load(tmp_path)
