@@ -126,9 +126,10 @@ METHODS = {
     ),
 }
 
+#: Among them seeds other than the default ones, with files that leave out what the seed says.
 VARIATIONS = {
     "ADALORA": [("L.Linear", {"lora_alpha": 3})],
-    "ADAMSS": [("L.Linear", {"use_dynamic_rank": True}), ("L.Linear", {"use_asa": True})],
+    "ADAMSS": [("L.Linear", {"use_dynamic_rank": True}), ("L.Linear", {"use_asa": True}), ("mlp", {"random_seed": 3})],
     "BOFT": [
         ("mlp", {"boft_block_num": 2, "boft_block_size": 0}),
         ("L.Linear", {"boft_n_butterfly_factor": 2}),
@@ -152,10 +153,20 @@ VARIATIONS = {
         ("L.Linear", {"oft_block_size": 4}),
     ],
     "POLY": [("llama", {"n_splits": 2})],
-    "VERA": [("llama", {"save_projection": False})],
-    "FROD": [("llama", {"save_projection": False})],
-    "PVERA": [("llama", {"save_projection": False})],
-    "FOURIERFT": [("mlp", {"init_weights": True}), ("L.Linear", {"n_frequency": 20, "scaling": 10.0})],
+    "VERA": [
+        ("llama", {"save_projection": False}),
+        ("mlp", {"save_projection": False, "projection_prng_key": 7, "d_initial": 0.3}),
+    ],
+    "FROD": [
+        ("llama", {"save_projection": False}),
+        ("mlp", {"save_projection": False, "projection_prng_key": 7, "regularization_alpha": 0.1}),
+    ],
+    "PVERA": [("llama", {"save_projection": False}), ("mlp", {"save_projection": False, "projection_prng_key": 7})],
+    "FOURIERFT": [
+        ("mlp", {"init_weights": True}),
+        ("L.Linear", {"n_frequency": 20, "scaling": 10.0}),
+        ("mlp", {"random_loc_seed": 5, "n_frequency": 9}),
+    ],
     "GLORA": [
         ("mlp", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),
         ("mlp", {"config_A_B": "constant"}),
@@ -163,9 +174,14 @@ VARIATIONS = {
     ],
     "HRA": [("L.Linear", {"apply_GS": True}), ("L.Linear", {"r": 3})],
     "VBLORA": [("mlp", {"save_only_topk_weights": True})],
-    "UNILORA": [("mlp", {"save_indices": True})],
+    "UNILORA": [("mlp", {"save_indices": True}), ("mlp", {"proj_seed": 7, "theta_d_length": 11})],
     "MISS": [("L.Linear", {"init_weights": "bat"}), ("mlp", {"init_weights": "mini"}), ("mlp", {"r": 3})],
-    "RANDLORA": [("llama", {"save_projection": False}), ("mlp", {"sparse": True}), ("mlp", {"very_sparse": True})],
+    "RANDLORA": [
+        ("llama", {"save_projection": False}),
+        ("mlp", {"sparse": True}),
+        ("mlp", {"very_sparse": True}),
+        ("mlp", {"save_projection": False, "projection_prng_key": 7, "very_sparse": True}),
+    ],
     "ROAD": [("mlp", {"variant": "road_2"}), ("mlp", {"variant": "road_4"}), ("L.Linear", {"group_size": 4})],
     "TRAINABLE_TOKENS": [("llama_tied", {"task_type": "CAUSAL_LM"})],
     "C3A": [("L.Linear", {"block_size": 4}), ("L.Linear", {"block_size": 8, "init_weights": True})],
@@ -173,6 +189,7 @@ VARIATIONS = {
         ("mlp", {"wavelet_family": "db2"}),
         ("mlp", {"use_idwt": False}),
         ("llama", {"proportional_parameters": True}),
+        ("mlp", {"random_loc_seed": 5, "wavelet_family": "sym3"}),
     ],
     "OSF": [("llama", {"effective_rank": 0.5})],
     "DELORA": [("L.Linear", {"delora_lambda": 5})],
@@ -181,19 +198,25 @@ VARIATIONS = {
         ("llama", {"save_projection": False}),
         ("llama", {"weight_tying": 1.0}),
         ("llama", {"init_weights": "uniform"}),
+        ("mlp", {"save_projection": False, "projection_seed": 9}),
     ],
     "PSOFT": [
         ("mlp", {"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False}),
         ("mlp", {"ab_svd_init": "pissa_init"}),
         ("mlp", {"psoft_svd": "lowrank"}),
         ("mlp", {"use_cayley_neumann": True}),
+        ("mlp", {"psoft_svd": "lowrank", "random_seed": 3, "psoft_svd_lowrank_niter": 4}),
     ],
     "PEANUT": [("mlp", {"depth": 2})],
     "SHADOW": [
         ("llama", {"shadow_hidden_size": 32, "shadow_intermediate_size": 64, "shadow_num_attention_heads": 2}),
         ("llama", {"share_embeddings": False}),
     ],
-    "SUPERTUNING": [("mlp", {"r": 2, "lora_alpha": 4}), ("mlp", {"save_precomputed_indices": False})],
+    "SUPERTUNING": [
+        ("mlp", {"r": 2, "lora_alpha": 4}),
+        ("mlp", {"save_precomputed_indices": False}),
+        ("mlp", {"save_precomputed_indices": False, "select_top": False, "sparsity": 0.7}),
+    ],
     "DEFT": [("mlp", {"decomposition_method": "qr"}), ("mlp", {"para": True}), ("mlp", {"alpha": 4})],
     "PROMPT_TUNING": [("llama", {"prompt_tuning_init": "SAMPLE_VOCAB"})],
     "P_TUNING": [("llama", {"encoder_reparameterization_type": "LSTM"})],

@@ -23,6 +23,28 @@ GROUPS = """
     result = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
 """
 
+TRAIN = """
+    import zlib
+    from torch import nn
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 12))
+    model = peft.get_peft_model(base, peft.AdamssConfig(target_modules=["0", "2"], r=6, num_subspaces=4, **asa)).train()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))))
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    result = []
+    for step in range(12):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        ((model(torch.randn(4, 16)) - torch.randn(4, 12)) ** 2).mean().backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        result.append(sorted(n for n, p in trained.items() if p.requires_grad and "adamss_B" in n))
+"""
+
 ASA = {"use_asa": True, "asa_target_subspaces": 3, "init_warmup": 2, "final_warmup": 10, "mask_interval": 2}
 
 
@@ -39,6 +61,16 @@ def adapted(**options) -> nn.Module:
 def test_groups_and_ranks_are_those_of_the_reference(pair, options):
     ours, reference = (run(side, GROUPS, options=options) for side in (pair.ours, pair.reference))
     assert ours == reference
+
+
+def test_the_groups_it_keeps_are_those_of_the_reference(pair):
+    """Importances and schedule over a training run. The reference keeps one group less than its schedule says."""
+    ours, reference = (run(side, TRAIN, asa=ASA) for side in (pair.ours, pair.reference))
+    sizes = [len(kept) for kept in ours]
+    assert sizes == [8] * 4 + [5] * 2 + [3] * 6
+    for mine, theirs, size in zip(ours, reference, sizes, strict=True):
+        assert len(theirs) == (size if size == 8 else size - 1)
+        assert set(theirs) <= set(mine)
 
 
 def test_a_rank_above_the_subspace_still_runs():
