@@ -466,7 +466,7 @@ def _operator(
 ) -> Tensor:
     """Any other update by an operator, on x (n, in)."""
     small = _small(x, weight)
-    if not small and (torch.is_grad_enabled() or dropout):
+    if not small and (dropout or (torch.is_grad_enabled() and not (op.keeps(x) and not _denser(op, x)))):
         draw = Dropout.draw(dropout.p if dropout else 0.0)
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = x if dropout is None else dropout(x)

@@ -77,6 +77,10 @@ class Operator:
         """`weight + dense()`, for a weight of the same dtype; a new tensor."""
         return weight + self.dense()
 
+    def keeps(self, x: Tensor) -> bool:
+        """Whether what differentiating `apply` keeps is thin beside x, so that running `apply` again saves little."""
+        return False
+
     def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
         """Backward of `apply` without running it again: for x (n, in) and the gradient (n, out) of its result.
 

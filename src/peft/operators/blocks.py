@@ -151,6 +151,9 @@ class LowRankGrid(Operator):
         h = torch.einsum("...kn,knr->...kr", x.unflatten(-1, (count, inner)), self.down)
         return self._exchange(h)
 
+    def keeps(self, x: Tensor) -> bool:
+        return True
+
     def _exchange(self, h: Tensor) -> Tensor:
         """Projections (..., i, r) of the input blocks -> (..., out)."""
         count, _, rank = self.down.shape
@@ -293,6 +296,9 @@ class Fold(Operator):
         if tiles * rank != self.inner:
             x = F.pad(x, (0, tiles * rank - self.inner))
         return self._tile(x.unflatten(-1, (tiles, rank)).sum(-2) @ self.block)
+
+    def keeps(self, x: Tensor) -> bool:
+        return True
 
     def _tile(self, y: Tensor) -> Tensor:
         width = self.block.shape[1]

@@ -144,6 +144,11 @@ class DiagonalLowRank(Operator):
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
+    def keeps(self, x: Tensor) -> bool:
+        # The gradient of b needs the product that it scales, as large as the output and kept in place of x. In 16 bits
+        # making it again is cheap.
+        return x.element_size() >= 4
+
     def _up(self, h: Tensor) -> Tensor:
         return F.linear(h * self.d, self.up) * self.b
 
