@@ -84,7 +84,7 @@ def no_scope() -> Iterator[None]:
 class Site:
     """The hooks on one base model's attention stack. Holds its signature and no module, so it can be copied."""
 
-    def __init__(self, stack: nn.Module) -> None:
+    def __init__(self, stack: Any) -> None:
         self.accepts = tuple(_geometry.parameters(stack))
         self.handles = [
             stack.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -115,7 +115,7 @@ class Site:
             return None
         if opened.virtual:
             return _map_output(output, partial(_cut_tokens, length=opened.rows.length, first=_first(output)))
-        view, opened.view, opened.reentrant = kwargs.get("past_key_values"), None, False
+        view, opened.view, opened.reentrant = kwargs["past_key_values"], None, False
         if isinstance(output, tuple) and view.real is None:
             return tuple(value for value in output if value is not view)
         return _map_output(output, lambda value: value.real if value is view else value)
@@ -159,7 +159,7 @@ def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple
     from peft.prompts import _cache, _masks
 
     rows = opened.rows
-    inputs = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+    inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     batch, queries, device = inputs.shape[0], inputs.shape[1], inputs.device
     crossing = kwargs.get("encoder_hidden_states") is not None
     real = _real_cache(stack, kwargs, opened, accepts, crossing)
@@ -201,7 +201,7 @@ def _real_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple[st
     return real
 
 
-def _prepend_tokens(stack: nn.Module, kwargs: dict, opened: Scope) -> None:
+def _prepend_tokens(stack: Any, kwargs: dict, opened: Scope) -> None:
     """Replace the inputs of a call without a past by embeddings that begin with the virtual tokens."""
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
@@ -315,7 +315,8 @@ def _restore_in_checkpoints(stack: nn.Module) -> list[Any]:
         if function is None or not module.__dict__.get("gradient_checkpointing", False):
             continue
         if not isinstance(function, _Restoring):
-            module._gradient_checkpointing_func = function = _Restoring(function, tuple(_geometry.parameters(module)))
+            function = _Restoring(function, tuple(_geometry.parameters(module)))
+            module.__dict__["_gradient_checkpointing_func"] = function
         found.append(function.function)
     return found
 

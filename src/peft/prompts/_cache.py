@@ -71,8 +71,10 @@ class PrefixedCache(Cache):
         limit = -1 if self.real is None else self.real.get_max_length(layer_idx)
         return limit if limit < 0 else limit + self.length
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        limit = -1 if self.real is None else self.real.get_max_cache_shape(layer_idx)
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int | None:
+        """The name that transformers 4 has for `get_max_length`."""
+        real: Any = self.real
+        limit = -1 if real is None else real.get_max_cache_shape(layer_idx)
         return limit if limit is None or limit < 0 else limit + self.length
 
     def in_sight(self, layer_idx: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft import registry, routing
-from peft.config import PromptLearningConfig, TaskType
+from peft.config import PeftType, PromptLearningConfig, TaskType
 from peft.errors import ConfigError, PeftWarning, UnsupportedError
 from peft.prompts import _geometry
 from peft.prompts._attach import is_checkpointed, no_scope, prompt_arguments, scope, site_of
@@ -32,7 +32,7 @@ def build(config: PromptLearningConfig, base_model: nn.Module, *, fresh: bool = 
         ConfigError: a size is missing that the model does not tell.
         UnsupportedError: the model has no place for such a prompt.
     """
-    made: type[BasePromptEncoder] = registry.method(config.peft_type.value)
+    made: type[BasePromptEncoder] = registry.method(PeftType(config.peft_type).value)
     _geometry.fill_sizes(config, base_model, made)
     words = _geometry.word_embeddings(base_model)
     if issubclass(made, KeyValues):
@@ -106,7 +106,7 @@ def get_prompt(model: Any, batch_size: int, task_ids: Tensor | None = None, max_
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    encoder = rows.stacks[0][0]
+    encoder: Any = rows.stacks[0][0]
     for layer in range(encoder.num_layers):
         empty = like.new_empty(batch_size, encoder.num_heads, 0, encoder.token_dim // encoder.num_heads)
         cache.update(*rows.keys_values(layer, empty, empty), layer)
@@ -155,28 +155,12 @@ def _task(model: Any) -> TaskType | None:
 
 
 def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str, ...], kwargs: dict) -> Any:
-    """Put virtual tokens before the input embeddings, and everything that has a place for each token in step."""
-    types = kwargs.pop("input_type_mask", None)
-    past = kwargs.get("past_key_values")
+    """Call a model with virtual tokens before the input embeddings, and with labels that are in step with them."""
+    types, past = kwargs.pop("input_type_mask", None), kwargs.get("past_key_values")
     if past is not None and past.get_seq_length() > 0:
         return base(**_continued(rows, kwargs, past))
-    embeds = kwargs.pop("inputs_embeds", None)
-    ids = kwargs.pop("input_ids", None)
-    if embeds is None:
-        embeds = _embedded(base, ids)
-    batch, length = embeds.shape[:2]
-    for name in ("token_type_ids", "position_ids"):
-        if kwargs.get(name) is not None and name not in accepts:
-            warnings.warn(f"{type(base).__name__} takes no {name}; they are ignored.", PeftWarning, stacklevel=4)
-            del kwargs[name]
-    kwargs |= prompt_arguments(base, rows, (batch, length), embeds.device, kwargs)
-    for name in ("start_positions", "end_positions"):
-        if kwargs.get(name) is not None:
-            kwargs[name] = kwargs[name] + rows.length
-    kwargs["inputs_embeds"] = torch.cat([rows.tokens(batch, embeds), embeds], dim=1)
-
-    labels = kwargs.get("labels")
-    config = _cpt_config(model, rows)
+    shape = _put_before_input(base, rows, accepts, kwargs)
+    labels, config = kwargs.get("labels"), _cpt_config(model, rows)
     if config is not None and labels is not None:
         del kwargs["labels"]
         output = base(**kwargs)
@@ -185,11 +169,29 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
         return (loss, *output) if isinstance(output, tuple) else type(output)(**{**output, "loss": loss})
     if rows.before_decoder:
         return base(**_decoder_inputs(base, rows, kwargs))
-    if labels is not None and _labels_tokens(model, base, labels, batch, length):
-        kwargs["labels"] = torch.cat([labels.new_full((batch, rows.length), IGNORED_LABEL), labels], dim=1)
+    if labels is not None and _labels_tokens(model, base, labels, shape):
+        kwargs["labels"] = _unlabelled_before(labels, rows)
     if rows.ragged and _task(model) == TaskType.SEQ_CLS:
         _align_left(rows, kwargs)
     return base(**kwargs)
+
+
+def _put_before_input(base: nn.Module, rows: Rows, accepts: tuple[str, ...], kwargs: dict) -> tuple[int, int]:
+    """Put virtual tokens before the input, and move what counts along it; returns the shape (batch, length) it had."""
+    embeds, ids = kwargs.pop("inputs_embeds", None), kwargs.pop("input_ids", None)
+    if embeds is None:
+        embeds = _embedded(base, ids)
+    batch, length = embeds.shape[:2]
+    for name in ("token_type_ids", "position_ids"):
+        if kwargs.get(name) is not None and name not in accepts:
+            warnings.warn(f"{type(base).__name__} takes no {name}; they are ignored.", PeftWarning, stacklevel=5)
+            del kwargs[name]
+    kwargs |= prompt_arguments(base, rows, (batch, length), embeds.device, kwargs)
+    for name in ("start_positions", "end_positions"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = kwargs[name] + rows.length
+    kwargs["inputs_embeds"] = torch.cat([rows.tokens(batch, embeds), embeds], dim=1)
+    return batch, length
 
 
 def _embedded(base: nn.Module, ids: Tensor | None) -> Tensor:
@@ -226,14 +228,19 @@ def _continued(rows: Rows, kwargs: dict, past: Any) -> dict:
     return kwargs
 
 
-def _labels_tokens(model: Any, base: nn.Module, labels: Tensor, batch: int, length: int) -> bool:
-    """Whether labels stand for the tokens of the sequence that the prompt is in."""
+def _labels_tokens(model: Any, base: nn.Module, labels: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether labels stand for the tokens of the sequence that the prompt is in, of shape (batch, length)."""
     if _geometry.is_encoder_decoder(base) or _task(model) == TaskType.SEQ_CLS:
         return False
-    return labels.shape[:2] == (batch, length)
+    return labels.shape[:2] == shape
 
 
-def _decoder_inputs(base: nn.Module, rows: Rows, kwargs: dict) -> dict:
+def _unlabelled_before(labels: Tensor, rows: Rows) -> Tensor:
+    """Labels of a sequence that begins with virtual tokens, which have none."""
+    return torch.cat([labels.new_full((len(labels), rows.length), IGNORED_LABEL), labels], dim=1)
+
+
+def _decoder_inputs(base: Any, rows: Rows, kwargs: dict) -> dict:
     """Arguments of `forward` for a decoder that reads virtual tokens first, made from its ids or from the labels."""
     labels, ids, embeds = (kwargs.pop(name, None) for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds"))
     if embeds is None:
@@ -248,7 +255,7 @@ def _decoder_inputs(base: nn.Module, rows: Rows, kwargs: dict) -> dict:
     if mask is not None:
         kwargs["decoder_attention_mask"] = torch.cat([rows.visible(batch, mask.device).to(mask), mask], dim=1)
     if labels is not None:
-        kwargs["labels"] = torch.cat([labels.new_full((batch, rows.length), IGNORED_LABEL), labels], dim=1)
+        kwargs["labels"] = _unlabelled_before(labels, rows)
     return kwargs
 
 
@@ -292,7 +299,7 @@ def _computed(base: nn.Module, rows: Rows) -> Rows:
     from peft.prompts._cache import DynamicCache, layer_tensors
 
     site_of(base)
-    stack = _geometry.attention_stack(base)
+    stack: Any = _geometry.attention_stack(base)
     embeddings = _geometry.word_embeddings(base)
     device = next(embeddings.parameters()).device
     batch = len(rows.of_sample or ()) or (1 if rows.task_ids is None else len(rows.task_ids))

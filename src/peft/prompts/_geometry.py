@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft.config import PromptLearningConfig, TaskType
+from peft.config import TaskType
 from peft.errors import ConfigError, ShapeError, UnsupportedError
 from peft.prompts._encoder import KeyValues
 
@@ -17,7 +17,7 @@ DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 
 
-def fill_sizes(config: PromptLearningConfig, base_model: nn.Module, encoder: type) -> None:
+def fill_sizes(config: Any, base_model: nn.Module, encoder: type) -> None:
     """Set the sizes that the config leaves open. What the user wrote stays.
 
     Raises:
@@ -48,7 +48,7 @@ def fill_sizes(config: PromptLearningConfig, base_model: nn.Module, encoder: typ
 def word_embeddings(base_model: nn.Module) -> nn.Module:
     """The layer that turns token ids into `inputs_embeds`."""
     lookup = getattr(base_model, "get_input_embeddings", None)
-    found = lookup() if callable(lookup) else None
+    found: Any = lookup() if callable(lookup) else None
     if found is None:
         raise UnsupportedError(
             f"{type(base_model).__name__} has no get_input_embeddings(), so prompts have nowhere to stand. Prompt "
@@ -57,7 +57,7 @@ def word_embeddings(base_model: nn.Module) -> nn.Module:
     return found
 
 
-def attention_stack(base_model: nn.Module) -> nn.Module | None:
+def attention_stack(base_model: Any) -> nn.Module | None:
     """The module that owns the key/value cache of the text: builds masks and positions, and runs the layers.
 
     It is found by what it accepts: the innermost module that takes both `past_key_values` and `inputs_embeds`, outside
@@ -76,7 +76,7 @@ def is_encoder_decoder(base_model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model, "config", None), "is_encoder_decoder", False))
 
 
-def position_embeddings(module: nn.Module) -> list[nn.Module]:
+def position_embeddings(module: nn.Module) -> list[Any]:
     """The learnt tables of absolute positions inside a module."""
     return [
         m
@@ -126,7 +126,7 @@ def check_length(module: nn.Module, prompt: int, length: int, positions: Tensor 
             )
 
 
-def reader(base_model: nn.Module) -> nn.Module:
+def reader(base_model: Any) -> nn.Module:
     """The part of a model that reads its input: the encoder of an encoder-decoder."""
     return base_model.get_encoder() if is_encoder_decoder(base_model) else base_model
 

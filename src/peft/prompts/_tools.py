@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peft.checkpoint import files, tensors
-from peft.config import PeftConfig
+from peft.config import PeftConfig, PeftType
 from peft.errors import AdapterNameError, ConfigError, PeftError, UnsupportedError, nearest
 from peft.prompts._encoder import EMBEDDINGS_KEY, KeyValues
 from peft.prompts.cartridge import CartridgeConfig
@@ -98,7 +98,7 @@ def initialize_kv_prefix_from_past_key_values(
     encoder = dict(model.prompt_encoder.items()).get(name)
     if not isinstance(encoder, KeyValues):
         raise ConfigError(
-            f"Adapter {name!r} must be a CARTRIDGE or PREFIX_TUNING adapter (got {config.peft_type.value})."
+            f"Adapter {name!r} must be a CARTRIDGE or PREFIX_TUNING adapter (got {PeftType(config.peft_type).value})."
         )
     if encoder.reparametrised:
         raise UnsupportedError(
@@ -170,7 +170,7 @@ def compose_cartridge_adapters(
     parts = []
     for path, config in zip(adapter_paths, configs, strict=True):
         if not isinstance(config, CartridgeConfig):
-            kind = config.peft_type.value if config.peft_type else None
+            kind = PeftType(config.peft_type).value if config.peft_type else None
             raise ConfigError(f"Adapter at {str(path)!r} is not a CARTRIDGE adapter (got {kind}).")
         name = next((name for name in files.WEIGHT_NAMES if files.exists(path, name)), files.SAFETENSORS_NAME)
         parts.append(tensors.read(Path(path) / name)[EMBEDDINGS_KEY])
@@ -180,7 +180,7 @@ def compose_cartridge_adapters(
                 f"{parts[0].shape[1]}; they belong to different base models."
             )
     joined = torch.cat([part.to(parts[0].dtype) for part in parts])
-    config = configs[0]
+    config: Any = configs[0]
     config.num_virtual_tokens = len(joined)
     name = files.SAFETENSORS_NAME if safe_serialization else files.BIN_NAME
     files.save(

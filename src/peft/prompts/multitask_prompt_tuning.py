@@ -63,8 +63,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         super().__post_init__()
         if _has_source(self) and not self.inference_mode and self.prompt_tuning_init_state_dict_path is None:
             raise ConfigError(
-                f"prompt_tuning_init={self.prompt_tuning_init.value!r} needs prompt_tuning_init_state_dict_path, the "
-                "file of the source prompt."
+                f"prompt_tuning_init={MultitaskPromptTuningInit(self.prompt_tuning_init).value!r} needs "
+                "prompt_tuning_init_state_dict_path, the file of the source prompt."
             )
 
 

@@ -73,10 +73,11 @@ class PrefixEncoder(KeyValues, name="prefix_tuning", config=PrefixTuningConfig):
     def columns(self, start: int, stop: int) -> Tensor:
         if self.transform is None:
             return self.embedding.weight[:, start:stop]
-        inner, tanh, outer = self.transform
+        layers: Any = self.transform
+        inner, tanh, outer = layers
         return F.linear(tanh(inner(self.embedding.weight)), outer.weight[start:stop], outer.bias[start:stop])
 
     def _drop_network(self, rows: Tensor) -> None:
         self.transform = None
-        self.embedding = nn.Embedding(*rows.shape, device=self.embedding.weight.device)
+        self.embedding = nn.Embedding(rows.shape[0], rows.shape[1], device=self.embedding.weight.device)
         warn_of_lost_network(self)

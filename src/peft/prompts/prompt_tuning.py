@@ -92,7 +92,7 @@ def member(inits: type[Enum], value: Any, name: str) -> Any:
         raise ConfigError(f"{name} {value!r} is unknown.{nearest(str(value), known)} Known: {known}.") from None
 
 
-def vocabulary_size(word_embeddings: nn.Module) -> int:
+def vocabulary_size(word_embeddings: Any) -> int:
     """Number of rows of an embedding layer."""
     size = getattr(word_embeddings, "num_embeddings", None)
     return size if size is not None else word_embeddings.weight.shape[0]
