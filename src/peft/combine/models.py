@@ -140,7 +140,7 @@ def _add_linear(
     for _, _, layer in adapted(tuner.model):
         if set(names) & set(layer.available_adapters):
             states = [
-                {slot.name: tensor_of(value).detach() for slot, value in layer.slots(name)}
+                {slot.name: tensor_of(value).detach() for slot, value in layer.slots(name) if not slot.derived}
                 if name in layer.available_adapters
                 else {}
                 for name in names
@@ -150,7 +150,8 @@ def _add_linear(
     with torch.no_grad():
         for layer, state in sums:
             for slot, value in layer.slots(new):
-                tensor_of(value).copy_(state[slot.name])
+                if not slot.derived:  # what follows from the config is there
+                    tensor_of(value).copy_(state[slot.name])
     return CombineReport(combination_type, {}, {}, {})
 
 
