@@ -218,13 +218,23 @@ VARIATIONS = {
         ("mlp", {"save_precomputed_indices": False, "select_top": False, "sparsity": 0.7}),
     ],
     "DEFT": [("mlp", {"decomposition_method": "qr"}), ("mlp", {"para": True}), ("mlp", {"alpha": 4})],
-    "PROMPT_TUNING": [("llama", {"prompt_tuning_init": "SAMPLE_VOCAB"})],
-    "P_TUNING": [("llama", {"encoder_reparameterization_type": "LSTM"})],
+    "PROMPT_TUNING": [
+        ("llama", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+        ("t5", {"num_transformer_submodules": 1}),
+    ],
+    "P_TUNING": [
+        ("llama", {"encoder_reparameterization_type": "LSTM"}),
+        ("bert", {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 1, "encoder_hidden_size": 8}),
+        ("t5", {"encoder_hidden_size": 8}),
+    ],
     "PREFIX_TUNING": [
         ("llama", {"prefix_projection": True, "encoder_hidden_size": 32}),
+        ("t5", {"prefix_projection": True}),
+        ("bert", {"prefix_projection": True, "encoder_hidden_size": 8}),
         ("llama", {"init_weights": "zero"}),
     ],
-    "CARTRIDGE": [("llama", {"num_frozen_tokens": 0})],
+    "CARTRIDGE": [("llama", {"num_frozen_tokens": 0}), ("t5", {"num_frozen_tokens": 2})],
+    "CPT": [("llama", {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5})],
 }
 
 
