@@ -238,40 +238,6 @@ def unload(
 
 
 def merge_all(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-    """Fold adapters (None: the active ones) into the weights of all layers; of two around one weight, the inner first.
-
-    If a layer would refuse, nothing is merged. Raises as `check_merge`.
-    """
-    check_merge(model, safe_merge, adapter_names)
-    every = list(layers(model))
-    outer = {id(layer): list(layer.merged_adapters) for layer in every if layer.merged and layer._inside is not None}
-    for layer in every:
-        if id(layer) in outer:
-            layer.unmerge()
-    for layer in reversed(every):
-        names = layer.active_adapters if adapter_names is None else list(adapter_names)
-        again = [name for name in outer.get(id(layer), ()) if name not in names]
-        layer.merge(safe_merge, [*again, *names])
-
-
-def merge_all(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-    """Fold adapters (None: the active ones) into the weights of all layers; of two around one weight, the inner first.
-
-    If a layer would refuse, nothing is merged. Raises as `check_merge`.
-    """
-    check_merge(model, safe_merge, adapter_names)
-    every = list(layers(model))
-    outer = {id(layer): list(layer.merged_adapters) for layer in every if layer.merged and layer._inside is not None}
-    for layer in every:
-        if id(layer) in outer:
-            layer.unmerge()
-    for layer in reversed(every):
-        names = layer.active_adapters if adapter_names is None else list(adapter_names)
-        again = [name for name in outer.get(id(layer), ()) if name not in names]
-        layer.merge(safe_merge, [*again, *names])
-
-
-def merge_all(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
     """Fold adapters (None: the active ones) into the weights of all layers; of two around one weight, the inner
     first.
 
