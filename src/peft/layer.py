@@ -69,9 +69,10 @@ class AdaptedLayer(AdapterHolder):
 
     # what is in effect
 
-    def _take_on(self, method: type[WeightMethod]) -> None:
+    def _take_on(self, method: WeightMethod) -> None:
         if method.peft_type not in self.methods:
-            self.__class__ = layer_class((*self.methods, method.peft_type), self.host_cls)
+            made: Any = layer_class((*self.methods, method.peft_type), self.host_cls)
+            self.__class__ = made
 
     def _stack(self, route: routing.Route | None) -> tuple[str, ...]:
         """Names of this layer's adapters in effect, nearest to the frozen weight first."""
@@ -120,17 +121,6 @@ class AdaptedLayer(AdapterHolder):
         """W and b of the base layer without merged adapters."""
         frozen = self.frozen if self.merged_adapters else host
         return frozen.weight(), frozen.bias()
-
-    def _square_row_norms(self, host: Host) -> Tensor:
-        weight = self._frozen(host)[0]
-        if torch.compiler.is_compiling() or weight.device.type == "meta":
-            return _square_row_norms(weight)
-        key = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
-        cached = self._caches.get("square_row_norms")
-        if cached is None or cached[0] != key:
-            cached = (key, _square_row_norms(weight))
-            self._caches["square_row_norms"] = cached
-        return cached[1]
 
     def effective(self, names: tuple[str, ...] | None = None) -> tuple[Tensor, Tensor | None]:
         """The weight (out, in) and bias (out,) of the plain layer that computes what the stack computes.
@@ -211,8 +201,10 @@ class AdaptedLayer(AdapterHolder):
     def _leaves(self, names: tuple[str, ...]) -> Iterator[nn.Module]:
         for name in names:
             for held in self._modules.values():
-                if isinstance(held, nn.ModuleDict) and name in held:
-                    yield held[name]
+                if held.__class__ is nn.ModuleDict:
+                    leaf = held._modules.get(name)  # type: ignore[union-attr]
+                    if leaf is not None:
+                        yield leaf
 
     # merge
 
@@ -298,12 +290,13 @@ class AdaptedLayer(AdapterHolder):
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         """Move; what lies under merged weights moves along."""
         super()._apply(fn, recurse)
+        self._caches.clear()
         kept = self._originals.get("parameters", {})
         for name, parameter in kept.items():
             if parameter is None:
                 continue
             moved = fn(parameter.data)
-            if torch._has_compatible_shallow_copy_type(parameter.data, moved):
+            if torch._has_compatible_shallow_copy_type(parameter.data, moved):  # pyright: ignore[reportPrivateImportUsage]
                 parameter.data = moved
             else:
                 kept[name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
@@ -322,11 +315,6 @@ class AdaptedLayer(AdapterHolder):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.methods, self.host_cls), self.__dict__
-
-
-def _square_row_norms(weight: Tensor) -> Tensor:
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    return wide.detach().square().sum(1)
 
 
 def _input_by_name(module: nn.Module, kwargs: dict[str, Any]) -> Tensor:

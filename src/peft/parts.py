@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Parts:
     """One adapter on one layer, as its method sees it: slots as tensors, settings, banks, by attribute."""
 
-    def __init__(self, layer: AdaptedLayer, adapter: str, site: Site | None = None, running: bool = False) -> None:
-        self.layer = layer
+    def __init__(self, layer: Any, adapter: str, site: Site | None = None, running: bool = False) -> None:
+        self.layer: AdaptedLayer = layer
         self.adapter = adapter
         self.site = site
         """Where the adapter is being put; only while it is (`derive` and `reset`)."""
@@ -30,12 +30,19 @@ class Parts:
 
     def __getattr__(self, name: str) -> Any:
         layer, adapter = self.layer, self.adapter
-        values = layer.__dict__.get(name)
+        values: Any = layer.__dict__.get(name)
         if values.__class__ is dict and adapter in values:
             return values[adapter]
         held: Any = layer._modules.get(layer._stored.get(name, name))
-        if held is not None and adapter in held:
-            return tensor_of(held[adapter])
+        if held is not None:
+            # Where dicts of modules, of parameters and of buffers keep their values: this runs in each call.
+            value = held._modules.get(adapter)
+            value = held._parameters.get(adapter) if value is None else value
+            value = held._buffers.get(adapter) if value is None else value
+            if value is not None:
+                return tensor_of(value)
+            if adapter in held:
+                return tensor_of(held[adapter])
         bank: Any = layer._banks.get(name)
         if bank is not None and adapter in bank:
             return bank[adapter]
@@ -67,17 +74,16 @@ class Parts:
     @property
     def dropout(self) -> nn.Module | None:
         """The dropout to apply now: None in evaluation, when its rate is zero, and where inputs are indices."""
-        name = self.method.dropout if self.running and not self.layer.host_cls.one_hot else None
-        module = self.layer._modules[name][self.adapter] if name else None  # type: ignore[index]
-        if module is None or isinstance(module, nn.Identity) or not module.training:
-            return None
-        return module
+        layer = self.layer
+        name = self.method.dropout if self.running and not layer.host_cls.one_hot else None
+        module = layer._modules[name]._modules[self.adapter] if name else None  # type: ignore[union-attr]
+        return module if module is not None and module.training and not isinstance(module, nn.Identity) else None
 
     def call(self, host: Host) -> Call:
         """The frozen layer, as updates see it."""
         return Call(self.layer, host, (), {})
 
-    def leaf(self, name: str) -> nn.Module | Tensor:
+    def leaf(self, name: str) -> Any:
         """The module (or parameter) that holds a slot."""
         return self.layer._modules[self.layer._stored.get(name, name)][self.adapter]  # type: ignore[index]
 
@@ -96,10 +102,6 @@ class Call:
     @property
     def bias(self) -> Tensor | None:
         return self.layer._frozen(self.host)[1]
-
-    @property
-    def square_row_norms(self) -> Tensor:
-        return self.layer._square_row_norms(self.host)
 
     def run(self, x: Tensor) -> Tensor:
         if self._seen is not None and self._seen[0] is x:

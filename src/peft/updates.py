@@ -23,6 +23,9 @@ from peft.operators import Diagonal, LowRank, Operator
 
 Run = Callable[[Tensor], Tensor]
 
+_SMALL = 1 << 16
+"""Elements of a weight up to which a product with it costs less than a dozen calls."""
+
 
 class Base(Protocol):
     """The frozen layer, as an update may see it. W is always (out, in), whatever the layer stores."""
@@ -35,11 +38,6 @@ class Base(Protocol):
     @property
     def bias(self) -> Tensor | None:
         """b (out,), or None."""
-        ...
-
-    @property
-    def square_row_norms(self) -> Tensor:
-        """The squared norm of each row of W (out,), kept between calls."""
         ...
 
     def remember(self, tensors: tuple[Tensor, ...], scale: float, make: Callable[[], Tensor]) -> Tensor:
@@ -280,8 +278,8 @@ class Magnitude(Update):
         """m / |W + op| (out,)."""
         op = self.inner.op
         if not isinstance(op, LowRank) or isinstance(op.scale, Tensor):
-            return self.magnitude / row_norms(op, base).detach()
-        return self.magnitude / base.remember((op.down, op.up), op.scale, lambda: row_norms(op, base).detach())
+            return self.magnitude / _constant_row_norms(op, base)
+        return self.magnitude / base.remember((op.down, op.up), op.scale, partial(_constant_row_norms, op, base))
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         gain = self.gain(base)
@@ -305,16 +303,24 @@ class Magnitude(Update):
 def row_norms(op: Operator, base: Base) -> Tensor:
     """The norm of each row of W + op (out,), without building W + op where the operator is thin.
 
-    |w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ for each row; |w|² is kept by the base.
+    |w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ for each row.
     """
-    if not (isinstance(op, LowRank) and op.groups == 1):
-        return torch.linalg.vector_norm(base.plus(base.weight, op.dense()), dim=1)
-    weight, wide = base.weight, op.to(base.square_row_norms.dtype)
+    weight = base.weight.detach()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if not (isinstance(op, LowRank) and op.groups == 1) or weight.numel() <= _SMALL:
+        return torch.linalg.vector_norm(base.plus(weight, op.to(dtype).dense()), dim=1)
+    # Not kept between steps: it costs a hundredth of a step, and a change of W through `.data` would leave no trace.
+    squares, wide = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square(), op.to(dtype)
     up = wide.up * wide.scale
     # The product with W runs in W's dtype, so no wider copy of W is made; it sums in float32 all the same.
     cross = (up * (weight @ op.down.to(weight.dtype).mT).to(up.dtype)).sum(1)
     square = (up @ (wide.down @ wide.down.mT) * up).sum(1)
-    return (base.square_row_norms + 2 * cross + square).clamp_min(0).sqrt()
+    return (squares + 2 * cross + square).clamp_min(0).sqrt()
+
+
+def _constant_row_norms(op: Operator, base: Base) -> Tensor:
+    with torch.no_grad():
+        return row_norms(op, base)
 
 
 def _apply(op: Operator, x: Tensor) -> Tensor:

@@ -371,3 +371,17 @@ def test_norms_are_kept_in_inference_until_something_changes():
             model(x)
             change()
             torch.testing.assert_close(model(x), wanted(), rtol=1e-12, atol=1e-12)
+
+
+def test_norms_in_training_follow_a_weight_that_changes_without_a_trace():
+    model = adapted(CONFIGS["DoRA"]()).train()
+    layer, x = model.get_base_model().lin, torch.randn(3, 12, dtype=torch.float64)
+    model(x)
+    layer.base_layer.weight.data.mul_(3)
+    weight, bias = layer.effective()
+    torch.testing.assert_close(model(x), nn.functional.linear(x, weight, bias), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        model.eval()(x)
+        layer.base_layer.weight.data.mul_(3)
+        weight, bias = model.eval().get_base_model().lin.effective()  # eval() and train() drop what is kept
+        torch.testing.assert_close(model(x), nn.functional.linear(x, weight, bias), rtol=1e-12, atol=1e-12)

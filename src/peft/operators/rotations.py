@@ -177,17 +177,17 @@ class Givens(Operator):
     def reach(self) -> int:
         return self.group
 
-    def _swap(self, x: Tensor, sign: float) -> Tensor:
-        """The halves of every group exchanged, the new first half times `sign`."""
-        first, second = x.unflatten(-1, (-1, 2, self.group // 2)).unbind(-2)
-        return torch.stack((sign * second, first), dim=-2).flatten(-3)
+    def _swap(self, x: Tensor) -> Tensor:
+        """The halves of every group exchanged."""
+        return x.unflatten(-1, (-1, 2, self.group // 2)).flip(-2).flatten(-3)
 
     def apply(self, x: Tensor) -> Tensor:
-        return x * self.cos + self._swap(x, -1.0) * self.sin
+        first, second = self.sin.unflatten(-1, (-1, 2, self.group // 2)).unbind(-2)
+        return torch.addcmul(x * self.cos, self._swap(x), torch.stack((-first, second), dim=-2).flatten())
 
     @property
     def T(self) -> Givens:
-        return Givens(self.cos, -self._swap(self.sin, 1.0), self.group)
+        return Givens(self.cos, -self._swap(self.sin), self.group)
 
     def flops(self, tokens: int) -> float:
         return 4.0 * tokens * self.cos.shape[0]
