@@ -14,6 +14,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
+from peft.errors import UnsupportedError
 
 from .kit import TOKENS, VOCABULARY, adapted, batch, make
 
@@ -127,6 +128,33 @@ def test_heads_are_switched_disabled_and_mixed_with_their_prompts(kinds, name, t
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
     assert all(".b." in key for key in trained)
     assert {key.split(".")[0] for key in trained} == {"prompt_encoder", "base_model"}
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart"])
+def test_encoder_decoders_mix_prompts_of_any_length(name):
+    model, inputs = several(name, TOKEN_KINDS, "SEQ_2_SEQ_LM"), batch(rows=3, padded="right")
+    targets, names = batch(rows=3, length=4, padded=None)["input_ids"], ["b", "__base__", "a"]
+    together = model(**inputs, labels=targets, adapter_names=names)
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    written = model.generate(**inputs, adapter_names=names, **how)
+    losses = []
+    for i, adapter in enumerate(names):
+        row = {key: value[i : i + 1] for key, value in inputs.items()} | {"adapter_names": [adapter]}
+        alone = model(**row, labels=targets[i : i + 1])
+        losses.append(alone.loss)
+        torch.testing.assert_close(together.logits[i], alone.logits[0], **CLOSE)
+        assert torch.equal(written[i], model.generate(**row, **how)[0])
+    torch.testing.assert_close(together.loss, torch.stack(losses).mean(), **CLOSE)
+
+
+def test_decoders_that_count_places_themselves_refuse_prompts_of_different_lengths():
+    prompts = configs({"a": MultitaskPromptTuningConfig, "b": MultitaskPromptTuningConfig}, "SEQ_2_SEQ_LM")
+    inputs = batch() | {"task_ids": torch.tensor([0, 0]), "adapter_names": ["a", "b"]}
+    labels = inputs["input_ids"]
+    assert adapted(make("t5"), **prompts)(**inputs, labels=labels).loss > 0
+    for model in (adapted(make("bart"), **prompts), several("bart", KEY_KINDS, "SEQ_2_SEQ_LM")):
+        with pytest.raises(UnsupportedError, match="one length in a batch"):
+            model(**inputs, labels=labels)
 
 
 @BOTH

@@ -214,9 +214,18 @@ def _prepend_tokens(stack: Any, kwargs: dict, opened: Scope) -> None:
 
 
 def prompt_arguments(
-    module: nn.Module, rows: Rows, shape: tuple[int, int], device: torch.device, given: dict
+    module: nn.Module, rows: Rows, shape: tuple[int, int], device: torch.device, given: dict, first: bool = False
 ) -> dict[str, Any]:
-    """Mask, positions and token types of a sequence that begins with virtual tokens, as far as they are needed."""
+    """Mask, positions and token types of a sequence that begins with virtual tokens, as far as they are needed.
+
+    Args:
+        module: What reads the sequence.
+        rows: The prompts.
+        shape: (batch, length) of what follows them.
+        device: Of the inputs.
+        given: Arguments of the call.
+        first: The padding of shorter prompts will be moved to the end, so that positions are what they are without it.
+    """
     batch, length = shape
     accepts = _geometry.parameters(module)
     made: dict[str, Any] = {}
@@ -231,16 +240,16 @@ def prompt_arguments(
     if mask is not None:
         made["attention_mask"] = torch.cat([rows.visible(batch, device).to(mask), mask], dim=1)
     positions = given.get("position_ids")
-    ragged = rows.ragged and not _geometry.counts_positions_along_mask(module)
+    ragged = rows.ragged and not first and not _geometry.counts_positions_along_mask(module)
     if "position_ids" in accepts and (positions is not None or ragged):
-        first = _geometry.first_position(module)
+        start = _geometry.first_position(module)
         if positions is None:
-            positions = torch.arange(first, first + length, device=device).expand(batch, -1)
+            positions = torch.arange(start, start + length, device=device).expand(batch, -1)
         shifts = rows.shifts(batch, device)
-        prompt = (torch.arange(rows.length, device=device) - rows.length + shifts).clamp_min(0) + first
+        prompt = (torch.arange(rows.length, device=device) - rows.length + shifts).clamp_min(0) + start
         made["position_ids"] = torch.cat([prompt.expand(*positions.shape[:-1], -1), positions + shifts], dim=-1)
     elif ragged and _geometry.position_embeddings(module):
-        raise UnsupportedError(_RAGGED)
+        raise UnsupportedError(RAGGED)
     counted = mask if _geometry.counts_positions_along_mask(module) else None
     _geometry.check_length(_geometry.reader(module), rows.length, length, made.get("position_ids"), counted)
     types = given.get("token_type_ids")
@@ -249,7 +258,7 @@ def prompt_arguments(
     return made
 
 
-_RAGGED = (
+RAGGED = (
     "adapter_names gives the samples prompts of different lengths, and this model does not let positions be given "
     "(no position_ids). Use prompts of one length in a batch, or one call for each length."
 )
@@ -263,7 +272,7 @@ def _ragged_positions(
         return {}
     if "position_ids" not in accepts:
         if _geometry.position_embeddings(stack):
-            raise UnsupportedError(_RAGGED)
+            raise UnsupportedError(RAGGED)
         return {}
     ids, first = kwargs.get("input_ids"), _geometry.first_position(stack)
     inputs = kwargs["inputs_embeds"] if ids is None else ids

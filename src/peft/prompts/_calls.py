@@ -12,7 +12,7 @@ from peft import registry, routing
 from peft.config import PeftType, PromptLearningConfig, TaskType
 from peft.errors import ConfigError, PeftWarning, UnsupportedError
 from peft.prompts import _geometry
-from peft.prompts._attach import is_checkpointed, no_scope, prompt_arguments, scope, site_of
+from peft.prompts._attach import RAGGED, is_checkpointed, no_scope, prompt_arguments, scope, site_of
 from peft.prompts._encoder import BasePromptEncoder, KeyValues
 from peft.prompts._prefix import Rows, kind, rows_of
 from peft.prompts.cpt import CPTConfig, cpt_loss
@@ -159,7 +159,8 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
     types, past = kwargs.pop("input_type_mask", None), kwargs.get("past_key_values")
     if past is not None and past.get_seq_length() > 0:
         return base(**_continued(rows, kwargs, past))
-    shape = _put_before_input(base, rows, accepts, kwargs)
+    first = rows.ragged and (_geometry.is_encoder_decoder(base) or _task(model) == TaskType.SEQ_CLS)
+    shape = _put_before_input(base, rows, accepts, kwargs, first)
     labels, config = kwargs.get("labels"), _cpt_config(model, rows)
     if config is not None and labels is not None:
         del kwargs["labels"]
@@ -171,13 +172,16 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
         return base(**_decoder_inputs(base, rows, kwargs))
     if labels is not None and _labels_tokens(model, base, labels, shape):
         kwargs["labels"] = _unlabelled_before(labels, rows)
-    if rows.ragged and _task(model) == TaskType.SEQ_CLS:
-        _align_left(rows, kwargs)
     return base(**kwargs)
 
 
-def _put_before_input(base: nn.Module, rows: Rows, accepts: tuple[str, ...], kwargs: dict) -> tuple[int, int]:
-    """Put virtual tokens before the input, and move what counts along it; returns the shape (batch, length) it had."""
+def _put_before_input(
+    base: nn.Module, rows: Rows, accepts: tuple[str, ...], kwargs: dict, first: bool
+) -> tuple[int, int]:
+    """Put virtual tokens before the input, and move what counts along it; returns the shape (batch, length) it had.
+
+    With `first` every sequence begins at the first place, and the padding of shorter prompts stands at the end.
+    """
     embeds, ids = kwargs.pop("inputs_embeds", None), kwargs.pop("input_ids", None)
     if embeds is None:
         embeds = _embedded(base, ids)
@@ -186,11 +190,13 @@ def _put_before_input(base: nn.Module, rows: Rows, accepts: tuple[str, ...], kwa
         if kwargs.get(name) is not None and name not in accepts:
             warnings.warn(f"{type(base).__name__} takes no {name}; they are ignored.", PeftWarning, stacklevel=5)
             del kwargs[name]
-    kwargs |= prompt_arguments(base, rows, (batch, length), embeds.device, kwargs)
+    kwargs |= prompt_arguments(base, rows, (batch, length), embeds.device, kwargs, first)
     for name in ("start_positions", "end_positions"):
         if kwargs.get(name) is not None:
             kwargs[name] = kwargs[name] + rows.length
     kwargs["inputs_embeds"] = torch.cat([rows.tokens(batch, embeds), embeds], dim=1)
+    if first:
+        _align_left(rows, kwargs)
     return batch, length
 
 
@@ -205,7 +211,7 @@ def _embedded(base: nn.Module, ids: Tensor | None) -> Tensor:
 
 
 def _align_left(rows: Rows, kwargs: dict) -> None:
-    """Move the padding of shorter prompts to the end: classifiers read what stands first."""
+    """Move the padding of shorter prompts to the end: classifiers read what stands first, and positions begin there."""
     embeds = kwargs["inputs_embeds"]
     batch, length = embeds.shape[:2]
     missing = rows.length - rows.shifts(batch, embeds.device)
@@ -248,6 +254,8 @@ def _decoder_inputs(base: Any, rows: Rows, kwargs: dict) -> dict:
             ids = _shifted_right(base, labels)
         embeds = base.get_decoder().get_input_embeddings()(ids)
     batch = len(embeds)
+    if rows.ragged and _geometry.position_embeddings(base.get_decoder()):
+        raise UnsupportedError(RAGGED)
     kwargs["decoder_inputs_embeds"] = torch.cat([rows.tokens(batch, embeds, side=1), embeds], dim=1)
     mask = kwargs.get("decoder_attention_mask")
     if mask is None and rows.ragged:
@@ -290,8 +298,11 @@ def _encoder_inputs(base: nn.Module, rows: Rows, args: tuple, kwargs: dict) -> d
     batch, length = embeds.shape[:2]
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
-    kwargs |= prompt_arguments(base, rows, (batch, length), embeds.device, kwargs)
-    return kwargs | {"inputs_embeds": torch.cat([rows.tokens(batch, embeds), embeds], dim=1)}
+    kwargs |= prompt_arguments(base, rows, (batch, length), embeds.device, kwargs, first=rows.ragged)
+    kwargs["inputs_embeds"] = torch.cat([rows.tokens(batch, embeds), embeds], dim=1)
+    if rows.ragged:
+        _align_left(rows, kwargs)
+    return kwargs
 
 
 def _computed(base: nn.Module, rows: Rows) -> Rows:
