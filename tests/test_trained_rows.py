@@ -75,3 +75,21 @@ def test_what_was_merged_before_stays_when_all_is_unloaded(first):
         expected = made(IDS)
         made.base_model.merge_adapter([first])
         torch.testing.assert_close(made.merge_and_unload()(IDS), expected)
+
+
+@pytest.mark.parametrize("target", ["embed", "head"])
+def test_an_adapter_joins_an_embedding_whose_rows_train(target, tmp_path):
+    made = PeftModel(Tied().double(), CONFIGS["rows"], "rows")
+    made.add_adapter("new", LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    made.set_adapter("new")
+    with torch.no_grad():
+        expected = made.eval()(IDS)
+        assert not torch.equal(expected, Tied().double()(IDS))
+        made.save_pretrained(tmp_path)
+        alone = PeftModel.from_pretrained(Tied().double(), tmp_path / "new")  # without rows around the layer
+        torch.testing.assert_close(alone(IDS), expected)
+        alone.save_pretrained(tmp_path / "alone")
+        made.load_adapter(tmp_path / "alone", "again")
+        with made.use("again"):
+            torch.testing.assert_close(made(IDS), expected)
+        assert made.merge_and_unload()(IDS).allclose(expected)

@@ -34,7 +34,7 @@ class Target:
     @property
     def host(self) -> Host:
         """The layer as a weight that acts."""
-        inner = self.module.get_base_layer() if isinstance(self.module, AdaptedLayer) else self.module
+        inner = _inner(self.module)
         if self.parameter is not None:
             return ParameterHost(inner, self.parameter)
         cls = host_class(inner)
@@ -54,6 +54,8 @@ class Plan:
     matches: Matches = field(default_factory=Matches)
     followers: dict[str, str] = field(default_factory=dict)
     """Layers that share the weight of a target, and take part in its adapter: their paths, and the target's."""
+    first: bool = False
+    """Whether the model had no adapter before."""
 
 
 def make_plan(model: nn.Module, config: TargetedConfig, keys: Sequence[str] | None = None) -> Plan:
@@ -152,9 +154,8 @@ class Undo:
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
 
-    def replace(self, model: nn.Module, key: str, new: nn.Module) -> None:
-        """Put `new` where the module `key` stands."""
-        parent, name = parent_of(model, key)
+    def replace(self, parent: nn.Module, name: str, new: nn.Module) -> None:
+        """Put `new` where the module `name` of `parent` stands."""
         old = parent._modules[name]
         parent._modules[name] = new
         self.later(lambda: parent._modules.__setitem__(name, old))
@@ -244,6 +245,7 @@ def _inject(
         _follow_ties(config, method, plan, tied)
     undo = Undo()
     layers, wrappers = whole.adapted(model)
+    plan.first = not layers and not wrappers
     disabled = any(module._disable_adapters for module in (*layers, *wrappers))
     frozen = base_parameters(model, wrappers)
     try:
@@ -304,7 +306,7 @@ def _at(model: nn.Module, key: str) -> nn.Module:
     parent, name = parent_of(model, key)
     module = parent._modules[name]
     assert module is not None
-    return module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
+    return module.original_module if isinstance(module, TrainableTokensWrapper) else module
 
 
 def check_unmatched(model: nn.Module, config: TargetedConfig, plan: Plan) -> None:
@@ -411,7 +413,7 @@ def wrap(
             holder.base_layer = layer
             undo.later(lambda: setattr(holder, "base_layer", inner))
         else:
-            undo.replace(model, target.key, layer)
+            undo.replace(parent, name, layer)
         _keep_called(layer, parent, name)
         layers = [layer]
     if layers[0].host.beside:
@@ -585,7 +587,7 @@ def _train_whole(
                 raise TargetError(f"{key!r} is trained already in another way, as a {type(module).__name__}.")
             wrapper = cls.around(module)
             wrapper.update(adapter_name, autocast=autocast)
-            undo.replace(model, key, wrapper)
+            undo.replace(parent, name, wrapper)
         if source is not None:
             wrapper.modules_to_save[adapter_name].weight = source.modules_to_save[adapter_name].weight
         done[key] = wrapper
@@ -618,7 +620,7 @@ def _train_tokens(
                 wrapper.update(adapter_name, **options)
             else:
                 wrapper = TrainableTokensWrapper(module, adapter_name, **options)
-                undo.replace(model, place, wrapper)
+                undo.replace(parent, name, wrapper)
             first = first or wrapper.token_adapter
             if not wrapper._active_adapter:
                 wrapper.set_adapter(adapter_name)

@@ -69,7 +69,8 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
     if config.is_prompt_learning:
-        return model.prompt_state_dict(adapter_name)
+        prompted: Any = model
+        return prompted.prompt_state_dict(adapter_name)
     source = _tensors(model, adapter_name) if state_dict is None else {keys.strip(k): v for k, v in state_dict.items()}
     result = keys.to_file(model, keys.entries(model, adapter_name), adapter_name, source)
     result.update({name: t.contiguous() for name, t in keys.mirrored(model, adapter_name, result).items()})
@@ -100,7 +101,7 @@ def _bank_name(model: nn.Module, name: str) -> str:
 
 def _resized(model: nn.Module, config: PeftConfig) -> bool:
     """Whether the vocabulary is not that of the base model's own folder. No network: a repository is not asked."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = whole.base_of(model)
     name = config.base_model_name_or_path or getattr(getattr(base, "config", None), "_name_or_path", None)
     place = os.path.join(os.path.expanduser(name), "config.json") if isinstance(name, str) and name else ""
     embedding = inject.input_embedding_name(base)
@@ -126,7 +127,7 @@ def _embedding_names(model: nn.Module, wanted: bool | str, known: Mapping[str, T
             candidates.append((name, module))
     if not candidates:
         return []
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = whole.base_of(model)
     own = {id(inject._inner(module)) for _, module in targets._adaptable(base)}
     found = [
         keys.strip(f"{name}.weight").replace("original_module.", "") for name, module in candidates if id(module) in own
@@ -160,7 +161,8 @@ def set_peft_model_state_dict(
     """
     config = config_of(model, adapter_name)
     if config.is_prompt_learning:
-        return model.load_prompt_state_dict(adapter_name, peft_model_state_dict, strict=strict)
+        prompted: Any = model
+        return prompted.load_prompt_state_dict(adapter_name, peft_model_state_dict, strict=strict)
     return load_tensors(model, config, adapter_name, peft_model_state_dict, ignore_mismatched_sizes, strict)
 
 
@@ -181,7 +183,7 @@ def load_tensors(
             "unmerge_adapter() before you load other tensors into it."
         )
     found = keys.entries(model, adapter_name)
-    given = _relative(model, found, state_dict)
+    given = _relative(model, adapter_name, found, state_dict)
     given = _renamed(model, found, adapter_name, given, source)
     placed, rest = keys.from_file(model, found, adapter_name, given)
     placed.update(_take_banks(model, adapter_name, rest, given))
@@ -226,7 +228,8 @@ def check_sizes(config: PeftConfig, model: nn.Module, given: Mapping[str, Tensor
     Raises:
         CorruptFileError: says which field.
     """
-    sides = max((side for p in model.parameters() for side in p.shape), default=0)
+    held = (p for _, m in whole.walk(model) for p in m._parameters.values() if p is not None)
+    sides = max((side for p in held for side in p.shape), default=0)
     most = max(1 << 16, sides, sum(t.numel() for t in given.values()))
     for name, value in vars(config).items():
         numbers = value.values() if name.endswith("_pattern") and isinstance(value, Mapping) else (value,)
@@ -234,9 +237,8 @@ def check_sizes(config: PeftConfig, model: nn.Module, given: Mapping[str, Tensor
             if isinstance(number, int) and number > most and not _NO_SIZE.search(name):
                 raise CorruptFileError(
                     f"The config of {source!r} says {name} = {number:,}; the longest side in the base model is "
-                    f"{sides:,}, "
-                    f"and the file holds {sum(t.numel() for t in given.values()):,} numbers. They can't belong "
-                    f"together."
+                    f"{sides:,}, and the file holds {sum(t.numel() for t in given.values()):,} numbers. They can't "
+                    "belong together."
                 )
 
 
@@ -263,11 +265,15 @@ def _renamed(
     return {pairs.get(name, name): tensor for name, tensor in given.items()}
 
 
-def _relative(model: nn.Module, found: list[keys.Entry], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _relative(
+    model: nn.Module, adapter: str, found: list[keys.Entry], state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Names of a file, with the prefix of a `PeftModel` added or taken away as the model needs it."""
     wrapped = any(e.disk.startswith(keys.BASE_PREFIX) for e in found)
     # Another adapter's token rows may have stood around a layer when the file was written, or stand there now.
     places = {e.disk.replace(_TOKENS, "."): e.disk for e in found}
+    tied = [keys.strip(f"{p}.") for p, m in whole.walk(model) if isinstance(m, AdaptedLayer) and adapter in m._leaders]
+    starts = {start.replace(_TOKENS, "."): start for start in tied}
     result = {}
     for name, tensor in state_dict.items():
         name = keys.strip(name)
@@ -275,7 +281,10 @@ def _relative(model: nn.Module, found: list[keys.Entry], state_dict: Mapping[str
             name = keys.BASE_PREFIX + name
         elif not wrapped:
             name = name.removeprefix(keys.BASE_PREFIX)
-        result[places.get(name.replace(_TOKENS, "."), name)] = tensor
+        plain = name.replace(_TOKENS, ".")
+        start = next((start for start in starts if plain.startswith(start)), None)
+        place = name if start is None else starts[start] + plain[len(start) :]
+        result[places.get(plain, place)] = tensor
     return result
 
 
