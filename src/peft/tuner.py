@@ -109,7 +109,8 @@ class BaseTuner(nn.Module):
         self.targeted_module_names = [t.key for t in plan.targets if t.parameter is None]
         self.targeted_parameter_names = [f"{t.key}.{t.parameter}" for t in plan.targets if t.parameter]
         if adapter_name in self.active_adapters:
-            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            if not plan.first or config.inference_mode:  # what is alone is active and trains
+                self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         else:
             whole.stand_by(model, adapter_name, self.active_adapters)
 
@@ -151,7 +152,7 @@ class BaseTuner(nn.Module):
         was_active = adapter_name in self.active_adapters
         whole.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
-        left = [n for n in self.active_adapters if n != adapter_name] or list(self.peft_config)[:1]
+        left = whole.successors(self.active_adapters, self.peft_config, adapter_name)
         if was_active and left:
             self.set_adapter(left)
         self.active_adapter = left[0] if len(left) == 1 else left
