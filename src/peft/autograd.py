@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from peft.operators import LowRank, Operator
+from peft.routing import Route
 from peft.updates import Add, Base, Before, Magnitude, Update
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -545,24 +546,34 @@ def stack(updates: Sequence[Update | None], x: Tensor, weight: Tensor) -> Stack 
     )
 
 
-def mixed(held: Stack, index: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def mixed(held: Stack, route: Route, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The output of a linear layer for samples with their own low-rank updates, in two products for all of them.
 
-    Factors are gathered by sample, so the cost hardly depends on the number of adapters.
+    Samples are gathered by adapter where they are smaller than factors, and factors by sample elsewhere: the cost
+    hardly depends on the number of adapters.
 
     Args:
         held: The distinct updates.
-        index: Which of them each sample has (batch,).
+        route: Whose `rows` say which of them each sample has.
         x: Input (batch, …, in).
         weight: W (out, in).
         bias: b (out,), or None.
     """
     flat = x.to(held.down.dtype).reshape(x.shape[0], -1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        down, up, scale = (t.index_select(0, index) for t in (held.down, held.up, held.scale))  # faster than indexing
-        hidden = torch.bmm(F.dropout(flat, held.rate) if held.rate else flat, down.mT) * scale[:, None, None]
-        y = _linear(flat, weight, bias)
-        y = torch.baddbmm(y, hidden, up) if torch.is_grad_enabled() else y.baddbmm_(hidden, up)
+        y, seen = _linear(flat, weight, bias), F.dropout(flat, held.rate) if held.rate else flat
+        samples, tokens, _ = flat.shape
+        order, back = route.groups(samples, x.device)
+        if 2 * order.numel() * tokens <= samples * held.down.shape[1]:
+            groups = seen.index_select(0, order.flatten()).view(order.shape[0], -1, x.shape[-1])
+            hidden = torch.bmm(groups, held.down.mT) * held.scale[:, None, None]
+            delta = torch.bmm(hidden, held.up).view(-1, tokens, weight.shape[0])
+            y = y.add_(delta.index_select(0, back))
+        else:
+            index = route.index(samples, x.device)
+            down, up, scale = (t.index_select(0, index) for t in (held.down, held.up, held.scale))
+            hidden = torch.bmm(seen, down.mT) * scale[:, None, None]
+            y = torch.baddbmm(y, hidden, up) if torch.is_grad_enabled() else y.baddbmm_(hidden, up)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -30,6 +30,9 @@ class Route:
     names: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
     _index: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _groups: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def index(self, size: int, device: torch.device) -> torch.Tensor:
         """For each of `size` samples, the place of its adapter among the distinct `rows`; made once per call."""
@@ -39,6 +42,23 @@ class Route:
             place = {name: i for i, name in enumerate(dict.fromkeys(rows))}
             each = [place[name] for name in rows for _ in range(size // len(rows))]
             found = self._index[size, device] = torch.tensor(each, device=device)
+        return found
+
+    def groups(self, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The samples of each of the distinct `rows`, (names, longest), padded with any; and the place of each sample
+        among them (size,). Made once per call."""
+        found = self._groups.get((size, device))
+        if found is None:
+            each = self.index(size, torch.device("cpu")).tolist()
+            groups: list[list[int]] = [[] for _ in dict.fromkeys(self.rows or ())]
+            places = []
+            for sample, group in enumerate(each):
+                places.append((group, len(groups[group])))
+                groups[group].append(sample)
+            longest = max(map(len, groups))
+            order = torch.tensor([(group + [0] * longest)[:longest] for group in groups], device=device)
+            back = torch.tensor([group * longest + place for group, place in places], device=device)
+            found = self._groups[size, device] = order, back
         return found
 
 

@@ -135,7 +135,7 @@ def batched(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor) -> Tensor | N
             layer._caches["rows"] = kept
     route = routing.current()
     route = route if route is not None and route.rows == rows else routing.Route(rows=rows)
-    return autograd.mixed(kept[2], route.index(x.shape[0], x.device), x, weight, bias)
+    return autograd.mixed(kept[2], route, x, weight, bias)
 
 
 def _state(layer: AdaptedLayer, names: tuple[str | None, ...]) -> tuple[list[Tensor], list[Any]] | None:
