@@ -415,7 +415,7 @@ class PeftModel(nn.Module):
             self.base_model.delete_adapter(adapter_name)
         names = [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
         if adapter_name in names and self._names():
-            left = [n for n in names if n != adapter_name] or list(self.peft_config)[:1]
+            left = whole.successors(names, self.peft_config, adapter_name)
             self.set_adapter(left[0] if len(left) == 1 else left)
         elif adapter_name in names:
             self.active_adapter = []

@@ -100,6 +100,15 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         train_bank(bank, names, not inference_mode)
 
 
+def successors(active: Iterable[str], adapters: Iterable[str], gone: str) -> list[str]:
+    """Who is active once an adapter is gone: the others that were, else the first adapter that there is.
+
+    >>> successors(["fr"], ["de", "fr", "it"], "fr"), successors(["fr", "it"], ["de", "fr", "it"], "fr")
+    (['de'], ['it'])
+    """
+    return [n for n in active if n != gone] or [n for n in adapters if n != gone][:1]
+
+
 def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
     """Remove an adapter from all layers; returns the names of the adapters active afterwards.
 
@@ -110,7 +119,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
         if adapter_name in module.merged_adapters:
             raise StateError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it.")
     active = next((m.active_adapters for m in layers(model)), [])
-    left = [n for n in active if n != adapter_name] or [n for n in adapters_in(model) if n != adapter_name][:1]
+    left = successors(active, adapters_in(model), adapter_name)
     tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
     for layer in layers(model):
         if id(layer) not in tokens:
