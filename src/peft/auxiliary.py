@@ -368,9 +368,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
 def check_name(adapter_name: str) -> None:
     """Raise unless a string can be the name of an adapter."""
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or "/" in adapter_name:
+    text = adapter_name if isinstance(adapter_name, str) else ""
+    if not text.strip() or not text.isprintable() or set(text) & set("./\\"):
         raise AdapterNameError(
-            f"{adapter_name!r} can't name an adapter: give a non-empty string without dots and slashes."
+            f"{adapter_name!r} can't name an adapter: give a non-empty string without dots, slashes and line breaks."
         )
     if adapter_name == routing.BASE:
         raise AdapterNameError(

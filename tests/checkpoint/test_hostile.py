@@ -18,7 +18,7 @@ from torch import nn
 
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, registry
 from peft.checkpoint import files, tensors
-from peft.errors import ConfigError, PeftError
+from peft.errors import AdapterNameError, ConfigError, PeftError
 from peft.method import WeightMethod
 from peft.testing import samples
 from peft.typecheck import fitted
@@ -156,3 +156,9 @@ def test_what_json_spells_otherwise_fits():
     found = fitted(LoraConfig, values)
     assert found == {"r": 8, "lora_alpha": 0.5, "lora_dropout": 0, "target_modules": ["q"]}
     assert fitted(PromptTuningConfig, {"num_virtual_tokens": None}) == {"num_virtual_tokens": None}
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "", " ", "a.b", "..", "x\0y", "default\n", "\u202e"])
+def test_names_that_are_paths_or_hide_something_name_no_adapter(name):
+    with pytest.raises(AdapterNameError, match="can't name an adapter"):
+        PeftModel(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]), name)
