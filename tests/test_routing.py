@@ -24,7 +24,7 @@ NAMES = ("one", "two", "three")
 METHODS = [
     n
     for n, m in registry.all_methods().items()
-    if isinstance(m, WeightMethod) and m.samples and n != "TRAINABLE_TOKENS"
+    if isinstance(m, WeightMethod) and m.samples and m.copies is None and n != "TRAINABLE_TOKENS"
 ]
 
 
