@@ -64,8 +64,6 @@ def methods() -> str:
 
 
 def _weight_row(name: str) -> str:
-    if registry.method(name).copies is not None:
-        return f"| {_about(name)} | {' | '.join(NONE if column == 'Parameter' else ALL for column in COLUMNS)} |"
     supported: set[str] = set()
     for config in samples(name):
         supported |= set(check_method(config, checks=["law"]).supported)
@@ -81,7 +79,7 @@ def support() -> str:
     refusals: list[str] = []
     lines = [_line(["Method", *PLACES]), _line(["---", *[":-:"] * len(PLACES)])]
     for name, method in registry.all_methods().items():
-        if not isinstance(method, WeightMethod) or registry.is_third_party(name) or method.copies is not None:
+        if not isinstance(method, WeightMethod) or registry.is_third_party(name):
             continue
         reports = [check_method(config, checks=["law"]) for config in samples(name)]
         marks = []
