@@ -24,7 +24,7 @@ from peft import (
     PromptTuningConfig,
     initialize_kv_prefix_from_past_key_values,
 )
-from peft.errors import ShapeError, StateError, UnsupportedError
+from peft.errors import ConfigError, ShapeError, StateError, UnsupportedError
 from peft.prompts._cache import layer_tensors
 
 from .kit import CAUSAL, ENCODERS, SEQ2SEQ, TOKENS, VOCABULARY, adapted, batch, encoder, make
@@ -347,6 +347,13 @@ def test_the_base_model_is_as_it_was():
         model(input_ids=inputs["input_ids"] + VOCABULARY)
     assert torch.equal(base(**inputs).logits, untouched(**inputs).logits)
     assert base.state_dict().keys() == untouched.state_dict().keys()
+
+
+def test_a_config_that_is_refused_leaves_no_hooks():
+    base = make("llama")
+    with pytest.raises(ConfigError, match="give 1 or more"):
+        adapted(base, p=prefix(num_virtual_tokens=None))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
 
 
 def test_copies_and_threads_do_not_meet():

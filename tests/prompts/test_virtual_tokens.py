@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import M2M100Config, M2M100ForConditionalGeneration
+from transformers import M2M100Config, M2M100ForConditionalGeneration, MambaConfig, MambaForCausalLM
 
 from peft import (
     CPTConfig,
@@ -213,6 +213,20 @@ def test_multitask_prompts_need_a_model_that_takes_embeddings_beside_labels():
         model(**inputs, labels=inputs["input_ids"])
     logits = model(**inputs, decoder_input_ids=inputs["input_ids"]).logits
     assert logits.shape == (2, TOKENS + 6, VOCABULARY)
+
+
+def test_state_space_models_take_virtual_tokens_in_forward():
+    torch.manual_seed(0)
+    base = MambaForCausalLM(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)
+    ).eval()
+    model, inputs = adapted(base, p=config()), batch(padded=None)
+    want = base(inputs_embeds=by_hand(model, inputs)["inputs_embeds"]).logits
+    torch.testing.assert_close(model(inputs["input_ids"]).logits, want, **CLOSE)
+    with pytest.raises(UnsupportedError, match="need a key/value cache"):
+        model.generate(inputs["input_ids"], max_new_tokens=1)
+    with pytest.raises(UnsupportedError, match="no keys and values to put a prefix before"):
+        adapted(base, p=config(PrefixTuningConfig))
 
 
 def test_two_prompts_need_an_encoder_and_a_decoder():

@@ -136,14 +136,7 @@ def site_of(base_model: nn.Module) -> Site:
     """
     found = base_model.__dict__.get(_SITE)
     if found is None:
-        stack = _geometry.attention_stack(base_model)
-        if stack is None:
-            raise UnsupportedError(
-                f"{type(base_model).__name__} has no module that takes past_key_values and inputs_embeds, so there are "
-                "no keys and values to put a prefix before. Prompt tuning and P-tuning work on such models in forward; "
-                "prefix tuning, cartridges, and generate() with virtual tokens need a key/value cache."
-            )
-        found = base_model.__dict__[_SITE] = Site(stack)
+        found = base_model.__dict__[_SITE] = Site(_geometry.cached_stack(base_model))
     return found
 
 

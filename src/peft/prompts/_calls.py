@@ -33,6 +33,8 @@ def build(config: PromptLearningConfig, base_model: nn.Module, *, fresh: bool = 
         UnsupportedError: the model has no place for such a prompt.
     """
     made: type[BasePromptEncoder] = registry.method(PeftType(config.peft_type).value)
+    if issubclass(made, KeyValues):
+        _geometry.cached_stack(base_model)
     _geometry.fill_sizes(config, base_model, made)
     words = _geometry.word_embeddings(base_model)
     if issubclass(made, KeyValues):
@@ -309,8 +311,7 @@ def _computed(base: nn.Module, rows: Rows) -> Rows:
     """The keys and values that virtual tokens have in a causal model: nothing after them can change them."""
     from peft.prompts._cache import DynamicCache, layer_tensors
 
-    site_of(base)
-    stack: Any = _geometry.attention_stack(base)
+    stack: Any = _geometry.cached_stack(base)
     embeddings = _geometry.word_embeddings(base)
     device = next(embeddings.parameters()).device
     batch = len(rows.of_sample or ()) or (1 if rows.task_ids is None else len(rows.task_ids))

@@ -25,11 +25,12 @@ def fill_sizes(config: Any, base_model: nn.Module, encoder: type) -> None:
     """
     if not config.num_virtual_tokens or config.num_virtual_tokens < 1:
         raise ConfigError(f"{type(config).__name__}.num_virtual_tokens is {config.num_virtual_tokens}; give 1 or more.")
-    sizes = _key_value_sizes(base_model) if issubclass(encoder, KeyValues) else _token_sizes(base_model)
+    joined = issubclass(encoder, KeyValues)
+    sizes = _key_value_sizes(base_model) if joined else _token_sizes(base_model)
     sizes["num_transformer_submodules"] = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
     for name, value in sizes.items():
         if getattr(config, name) is None:
-            if value is None:
+            if value is None and (joined or name == "token_dim"):
                 raise ConfigError(
                     f"{type(base_model).__name__}.config does not tell the {name} of the prompt. Set "
                     f"{type(config).__name__}.{name}."
@@ -69,6 +70,22 @@ def attention_stack(base_model: Any) -> nn.Module | None:
     stacks = [m for m in base_model.modules() if id(m) not in inside_encoder and _keeps_cache(m)]
     innermost = [m for m in stacks if not any(other is not m and other in stacks for other in m.modules())]
     return max(innermost, key=_attention_layers, default=None)
+
+
+def cached_stack(base_model: nn.Module) -> nn.Module:
+    """The attention stack of a model that must have one.
+
+    Raises:
+        UnsupportedError: the model has no key/value cache that a prompt could stand in.
+    """
+    stack = attention_stack(base_model)
+    if stack is None:
+        raise UnsupportedError(
+            f"{type(base_model).__name__} has no module that takes past_key_values and inputs_embeds, so there are "
+            "no keys and values to put a prefix before. Prompt tuning and P-tuning work on such models in forward; "
+            "prefix tuning, cartridges, and generate() with virtual tokens need a key/value cache."
+        )
+    return stack
 
 
 def is_encoder_decoder(base_model: nn.Module) -> bool:
