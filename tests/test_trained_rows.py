@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft import LoraConfig, PeftModel
+from peft.errors import BaseMismatchError
 
 IDS = torch.arange(12)[None]
 
@@ -93,3 +94,19 @@ def test_an_adapter_joins_an_embedding_whose_rows_train(target, tmp_path):
         with made.use("again"):
             torch.testing.assert_close(made(IDS), expected)
         assert made.merge_and_unload()(IDS).allclose(expected)
+
+
+@pytest.mark.parametrize("merged", [["whole"], ["rows"], ["whole", "rows"]])
+def test_the_base_is_known_again_whatever_is_merged(merged, tmp_path):
+    made = model()
+    made.base_model.merge_adapter(merged)
+    made.save_pretrained(tmp_path)
+    for name in CONFIGS:
+        PeftModel.from_pretrained(Tied().double(), tmp_path / name)
+        made.load_adapter(tmp_path / name, f"{name}_again")
+    other = Tied().double()
+    with torch.no_grad():
+        other.embed.weight.add_(1)
+    for name in CONFIGS:
+        with pytest.raises(BaseMismatchError):
+            PeftModel.from_pretrained(other, tmp_path / name)

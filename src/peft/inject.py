@@ -525,14 +525,13 @@ def tied_modules(model: nn.Module) -> dict[int, list[str]]:
 
 def _weight_as_it_was(module: nn.Module) -> nn.Parameter | None:
     """The weight of a layer under its adapters, merged ones too."""
+    kept: nn.Parameter | None = None
     while isinstance(module, (AdaptedLayer, TrainableTokensWrapper)):
         if isinstance(module, TrainableTokensWrapper):
             module = module.token_adapter
-        kept = module._originals.get("parameters", {}).get("weight")
-        if kept is not None:
-            return kept
+        kept = module._originals.get("parameters", {}).get("weight", kept)  # of several around it, the innermost's
         module = module.base_layer
-    return _inner(module)._parameters.get("weight")
+    return _inner(module)._parameters.get("weight") if kept is None else kept
 
 
 def _partners(tied: dict[int, list[str]], key: str) -> list[str]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from peft import inject, targets, whole
-from peft.auxiliary import AuxiliaryTrainingWrapper
 from peft.checkpoint import files, fingerprint, keys, renames, tensors
 from peft.checkpoint.report import LoadReport
 from peft.config import PeftConfig
@@ -403,16 +402,20 @@ def describe(state: Mapping[str, Tensor]) -> int:
 
 def base_sketch(model: nn.Module, adapter: str, only: list[str] | None = None) -> dict[str, Any] | None:
     """The fingerprint of the base weights that an adapter changes; None if there are none."""
+    adapted = [(path, module) for path, module in whole.walk(model) if isinstance(module, AdaptedLayer)]
+    frozen = {}  # of layers around one weight, the innermost that is merged has kept it
+    for _, layer in adapted:
+        name = layer.host.parameter
+        if (kept := layer._originals.get("parameters", {}).get(name)) is not None:
+            frozen[id(layer.get_base_layer()), name] = kept
     found = {}
-    for path, module in whole.walk(model):
-        if isinstance(module, AdaptedLayer) and adapter in module.available_adapters:
-            original = module._originals.get("parameters", {}) if module.merged else {}
-            name = module.host.parameter
-            tensor = original.get(name, module.get_param()) if module.merged else module.get_param()
-            key = keys.strip(path).removeprefix(keys.BASE_PREFIX)
-            found[f"{key}.{name}"] = tensor.detach()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            continue
+    for path, layer in adapted:
+        if adapter in layer.available_adapters:
+            parts = keys.strip(path).removeprefix(keys.BASE_PREFIX).split(".")
+            plain = ".".join(part for part in parts if part not in ("token_adapter", "base_layer"))
+            name = layer.host.parameter
+            tensor = frozen.get((id(layer.get_base_layer()), name), layer.get_param())
+            found[f"{plain}.{name}"] = tensor.detach()
     return fingerprint.sketch(found, {}, only=only) if found else None
 
 
