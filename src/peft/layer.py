@@ -201,7 +201,7 @@ class AdaptedLayer(AdapterHolder):
     def _leaves(self, names: tuple[str, ...]) -> Iterator[nn.Module]:
         for name in names:
             for held in self._modules.values():
-                if held.__class__ is nn.ModuleDict:
+                if isinstance(held, nn.ModuleDict):
                     leaf = held._modules.get(name)  # type: ignore[union-attr]
                     if leaf is not None:
                         yield leaf
