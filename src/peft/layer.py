@@ -314,7 +314,8 @@ class AdaptedLayer(AdapterHolder):
         return adapter_name in self._adapters and method_of(self._adapters[adapter_name]).mergeable
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.methods, self.host_cls), self.__dict__
+        # Without what is only remembered: it refers to tensors as they were, some by views that can't be copied.
+        return _rebuild, (self.methods, self.host_cls), {**self.__dict__, "_caches": {}}
 
 
 def _input_by_name(module: nn.Module, kwargs: dict[str, Any]) -> Tensor:
