@@ -342,3 +342,22 @@ def test_layers_take_their_input_by_name_as_the_base_layers_do():
         torch.testing.assert_close(model(ids, adapter_names=["one", "two"]), torch.stack(each))
         with pytest.raises(TypeError, match="'input'"):
             model.base_model.model.mix()
+
+
+def test_a_model_that_has_run_and_trained_can_be_copied():
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 2)), config).eval()
+    x = torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        model(x)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1)
+            with torch.no_grad():
+                parameter.mul_(0.5)
+    model(x).sum().backward()
+    with torch.no_grad():
+        expected = model(x)
+        for parameter in model.parameters():
+            parameter.add_(0)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
