@@ -199,8 +199,8 @@ MIXTURES = {
     "qwen2_moe": {
         "num_experts": 3,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 6,
-        "shared_expert_intermediate_size": 10,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 12,
         "decoder_sparse_step": 1,
     },
 }
@@ -324,3 +324,17 @@ def test_transformers_own_loading_says_what_it_cannot_stack(mixture, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(LoadError, match=r"PeftModel\.from_pretrained"):
         base.load_adapter(str(tmp_path))
+
+
+def test_transformers_own_loading_leaves_nothing_random(mixture, tmp_path):
+    _, base = mixture
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = base(ids).logits
+        model = PeftModel(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model.save_pretrained(tmp_path)
+        base = model.unload()
+        path = tmp_path / "adapter_model.safetensors"
+        save_file({name.replace("q_proj", "query"): t for name, t in load_file(path).items()}, path)
+        base.load_adapter(str(tmp_path))  # transformers reports the names, and goes on
+        torch.testing.assert_close(base(ids).logits, expected)

@@ -35,6 +35,8 @@ def build_peft_weight_mapping(
 
     renamings: list[Any] = [WeightRenaming(r"^base_model\.model\.", "")]
     renamings += [c for c in weight_conversions or () if type(c).__name__ == "WeightRenaming"]
+    if getattr(peft_config, "init_lora_weights", True) is False:
+        peft_config.init_lora_weights = True  # what the file lacks shall not be random
     method = registry.method("LORA" if peft_config is None else registry_name(peft_config))
     if not isinstance(method, WeightMethod):
         return renamings
