@@ -60,6 +60,7 @@ CAUSAL = {
     "gpt2": ("GPT2", _GPT2 | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "opt": ("OPT", _COMMON | {"ffn_dim": 32, "word_embed_proj_dim": WIDTH, "dropout": 0.0}),
     "opt_narrow": ("OPT", _COMMON | {"ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.0}),
+    "biogpt": ("BioGpt", _COMMON | _NO_DROPOUT | {"intermediate_size": 32, "layerdrop": 0.0}),
     "gpt_neox": ("GPTNeoX", _COMMON | {"intermediate_size": 32}),
     "falcon": ("Falcon", _FALCON | {"multi_query": True, "new_decoder_architecture": False, "alibi": False}),
     "falcon_grouped": ("Falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),

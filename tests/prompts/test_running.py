@@ -15,6 +15,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
+from peft.errors import UnsupportedError
 
 from .kit import TOKENS, adapted, batch, encoder, make
 
@@ -47,6 +48,26 @@ def test_speculation_writes_what_greedy_decoding_writes(kind, name):
     want = written(model, inputs)
     assert torch.equal(written(model, inputs, assistant_model=make(name)), want)
     assert torch.equal(written(model, inputs, prompt_lookup_num_tokens=2), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_caches_of_generate_go_on_in_forward_and_in_generate(kind, name):
+    model, inputs = adapted(make(name), p=config(kind)), batch(rows=1, padded=None)
+    output = written(model, inputs, return_dict_in_generate=True)
+    text = output.sequences
+    step = model(input_ids=text[:, -1:], past_key_values=output.past_key_values).logits[:, -1]
+    torch.testing.assert_close(step, model(input_ids=text).logits[:, -1], **CLOSE)
+    output = written(model, inputs, return_dict_in_generate=True)
+    longer = {"input_ids": torch.cat([text, text[:, :2]], dim=1)}
+    assert torch.equal(written(model, longer, past_key_values=output.past_key_values), written(model, longer))
+
+
+def test_caches_of_forward_hold_virtual_tokens_and_generate_refuses_them():
+    model, inputs = adapted(make("llama"), p=config(PromptTuningConfig)), batch(rows=1, padded=None)
+    cache = model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(UnsupportedError, match="virtual tokens are in it"):
+        written(model, inputs, past_key_values=cache)
 
 
 @pytest.mark.parametrize("kind", KINDS)

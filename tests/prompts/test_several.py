@@ -74,7 +74,7 @@ def test_every_way_to_choose_an_adapter_gives_the_same(kinds):
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "biogpt"])
 def test_a_mixed_batch_trains_each_adapter_on_its_own_rows(kinds, name):
     model, inputs = several(name, kinds), batch(rows=4, padded=None)
     model.set_requires_grad(["a", "b"], True)

@@ -72,6 +72,7 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if rows is None:
         return base.generate(*args, **kwargs)
     if kind(rows) is not KeyValues:
+        _refuse_filled(kwargs.get("past_key_values"))
         if _geometry.is_encoder_decoder(base):
             kwargs = _encoder_inputs(base, rows, args, kwargs)
             if not rows.before_decoder:
@@ -86,7 +87,23 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
                 return base.generate(*args, **kwargs | {"use_cache": False})
         rows = _computed(base, rows)
     with scope(site_of(base), rows):
-        return base.generate(*args, **kwargs)
+        output = base.generate(*args, **kwargs)
+    for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
+        if cache is not None:
+            setattr(cache, _WITHOUT_PROMPT, True)
+    return output
+
+
+_WITHOUT_PROMPT = "_peft_without_prompt"
+"""Marks caches of `generate`: the keys and values of virtual tokens stand before them, and not in them."""
+
+
+def _refuse_filled(cache: Any) -> None:
+    if cache is not None and not hasattr(cache, _WITHOUT_PROMPT) and cache.get_seq_length() > 0:
+        raise UnsupportedError(
+            "past_key_values was filled by forward(), so the virtual tokens are in it, and generate() would count them "
+            "as tokens of the text. Give generate() the whole text and an empty cache, or one that generate() returned."
+        )
 
 
 def get_prompt(model: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
@@ -160,6 +177,9 @@ def _forward_tokens(model: Any, base: nn.Module, rows: Rows, accepts: tuple[str,
     """Call a model with virtual tokens before the input embeddings, and with labels that are in step with them."""
     types, past = kwargs.pop("input_type_mask", None), kwargs.get("past_key_values")
     if past is not None and past.get_seq_length() > 0:
+        if hasattr(past, _WITHOUT_PROMPT):
+            with scope(site_of(base), _computed(base, rows)):
+                return base(**kwargs)
         return base(**_continued(rows, kwargs, past))
     first = rows.ragged and (_geometry.is_encoder_decoder(base) or _task(model) == TaskType.SEQ_CLS)
     shape = _put_before_input(base, rows, accepts, kwargs, first)

@@ -104,7 +104,9 @@ def position_embeddings(module: nn.Module) -> list[Any]:
 
 def counts_positions_along_mask(module: nn.Module) -> bool:
     """Whether positions are derived from the mask of padding (OPT and its kin), so that they need not be given."""
-    return any("attention_mask" in parameters(m) for m in position_embeddings(module))
+    # BioGPT's table would count along the mask, but its model hands it positions that it counts by itself.
+    tables = (m for m in position_embeddings(module) if not type(m).__name__.startswith("BioGpt"))
+    return any("attention_mask" in parameters(m) for m in tables)
 
 
 def first_position(module: nn.Module) -> int:
