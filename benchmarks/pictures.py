@@ -64,7 +64,7 @@ def _layers(results: list[Result]):
         "Forward + backward of one bf16 layer, 1024 tokens, 1024 × 1024\nas multiples of the frozen layer (dotted)",
         loc="left", fontsize=10, color=INK,
     )  # fmt: skip
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper right")
     _bare(axes)
     return figure
 
@@ -73,14 +73,18 @@ def _speedups(results: list[Result]):
     results = sorted(results, key=lambda r: r.ratio("reference") or 0, reverse=True)
     figure, axes = plt.subplots(figsize=(8, 0.27 * len(results) + 1.2))
     times = [1 / (r.ratio("reference") or 1) for r in results]
-    axes.barh(range(len(results)), times, 0.62, color=OURS)
+    colors = [OURS if value >= 1 else REFERENCE for value in times]
+    axes.barh(range(len(results)), [value - 1 for value in times], 0.62, left=1, color=colors)
     for p, value in enumerate(times):
-        axes.annotate(f"{value:.3g}×", (value, p), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        label = f"{value:,.0f}×" if value >= 100 else f"{value:.3g}×"
+        axes.annotate(label, (max(value, 1), p), (3, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_xlim(min(0.8, *times) * 0.9, max(times) * 1.8)
+    ticks = [10**n for n in range(6) if 10**n < max(times) * 1.8]
+    axes.set_xticks(ticks, [f"{t:,}×" for t in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(results)), [f"{r.group}: {r.name}" for r in results])
-    axes.set_title("Times faster than the reference (dotted: equal)", loc="left", fontsize=10, color=INK)
+    axes.set_title("Times faster than the reference (dotted: equal; gray: slower)", loc="left", fontsize=10, color=INK)
     _bare(axes)
     return figure
