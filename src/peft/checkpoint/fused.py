@@ -194,11 +194,11 @@ def _settings(
     config: Any, held: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Tensor], layout: Layout
 ) -> dict[str, tuple[int, float]]:
     """Rank and alpha of what stays in one piece, by path; those of what moves join later."""
-    found = {}
-    for name, tensor in rest.items():
+    found: list[str] = []
+    for name in rest:
         match = _SLOT.fullmatch(name.removeprefix(BASE_PREFIX))
         if match and match.group(3) == "lora_A.weight":
-            found[match.group(1)] = (tensor.shape[0], 0.0)
+            found.append(match.group(1))
     old = {new: _module(before) for before, new in ((o, _module(n)) for o, n in layout.same().items())}
     return {path: _said(config, old.get(path, path)) for path in found}
 

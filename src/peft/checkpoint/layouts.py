@@ -166,6 +166,7 @@ def _stated(
             raise ConfigError(f"fused[{whole!r}] is {parts!r}; give the names of the layers that it holds, in order.")
         for path in {path.rpartition(".")[0] for path in lost if path.rpartition(".")[2] in (whole, *parts)}:
             one, several = _in(path, whole), [_in(path, part) for part in parts]
+            sizes: list[int] = []
             if f"{one}.weight" in here:
                 sizes = _sizes(one, several, here[f"{one}.weight"].shape[1], state)
             for end in ("weight", "bias"):

@@ -179,10 +179,10 @@ class Fourier(Operator):
         return torch.fft.irfft(torch.view_as_complex(signal), n=self.out)
 
     def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
-        if isinstance(self.scale, Tensor):
+        if isinstance(self.scale, Tensor) or not len(x):
             return None
         rows, cols, _, sign = self._folded
-        adjoint, found = self.T, 0.0
+        adjoint, found = self.T, torch.zeros((), device=x.device)
         back = torch.empty_like(x) if need_x else None
         with torch.no_grad():
             for start in range(0, x.shape[0], self._chunk):

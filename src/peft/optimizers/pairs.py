@@ -42,8 +42,11 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
             if "lora_A" not in held or "lora_B" not in held:
                 continue
             found = True
-            values: list[Any] = [held["lora_A"], held["lora_B"]]
-            down, up = (v.weight if isinstance(v, nn.Module) else v for v in values)
+            down, up = _tensor(held["lora_A"]), _tensor(held["lora_B"])
             yield Pair(down, up, float(layer.parts(name).scaling))
     if not found:
         raise ConfigError("The model has no active LoRA adapter, whose factors this optimizer needs.")
+
+
+def _tensor(held: Any) -> Tensor:
+    return held.weight if isinstance(held, nn.Module) else held
