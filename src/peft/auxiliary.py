@@ -213,7 +213,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Raise what `merge` would raise, and change nothing."""
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Nothing: copies run in place of their module, until they are unloaded."""
+        """Nothing: copies run in place of their module while their adapter is active, until they are unloaded."""
+        waiting = [n for n in adapter_names or () if n in self.modules_to_save and n not in self._active_adapter]
+        if waiting:
+            warnings.warn(
+                f"{waiting} is merged, but what it trained whole (modules_to_save) runs only while it is active; call "
+                "set_adapter() as well.",
+                PeftWarning,
+                stacklevel=4,
+            )
 
     def unmerge(self) -> None:
         """Nothing."""
