@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft import registry, routing
 from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError, nearest
 from peft.hosts import Host
+from peft.hosts.base import bare
 from peft.hosts.parameter import ParameterHost, lend
 from peft.method import Site, WeightMethod, method_of
 from peft.parts import Parts
@@ -270,10 +271,10 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
                 PeftWarning,
                 stacklevel=3,
             )
-        module = nn.Dropout(rate) if rate > 0 else nn.Identity()
+        module = nn.Dropout(rate) if rate > 0 else bare(nn.Identity)
         module.training = self.training
         if field not in self._modules:
-            self._modules[field] = nn.ModuleDict()
+            self._modules[field] = bare(nn.ModuleDict)
         self._modules[field]._modules[name] = module  # type: ignore[union-attr]
 
     def update_layer(

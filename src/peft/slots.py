@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft.errors import ConfigError
 from peft.hosts import Host
+from peft.hosts.base import bare
 
 
 class Leaf(nn.Module):
@@ -238,7 +239,7 @@ def container(value: nn.Module | Tensor, saved: bool) -> nn.Module:
     """The per-adapter dict that holds such a value."""
     if isinstance(value, nn.Parameter):
         return nn.ParameterDict()
-    return nn.ModuleDict() if isinstance(value, nn.Module) else BufferDict(persistent=saved)
+    return bare(nn.ModuleDict) if isinstance(value, nn.Module) else BufferDict(persistent=saved)
 
 
 def room(held: nn.Module | None, value: nn.Module | Tensor, saved: bool) -> nn.Module:
@@ -268,7 +269,7 @@ def tensor_of(value: nn.Module | Tensor) -> Any:
     if isinstance(value, nn.ModuleList):
         return [leaf.weight for leaf in value]
     if isinstance(value, nn.Module):
-        weight = value.weight
+        weight: Any = value.weight
         return weight.flatten(1) if weight.dim() > 2 and not isinstance(value, Vector) else weight
     return value
 

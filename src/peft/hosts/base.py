@@ -172,11 +172,15 @@ def supported() -> list[str]:
     return sorted(name.rpartition(".")[2] for name in _HOSTS)
 
 
+_BLANK = list(vars(nn.Module()).items())
+
+
 def bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:
     """A module of a given class without running its `__init__`, which would fill weights that are thrown away."""
     module = cls.__new__(cls)
-    nn.Module.__init__(module)
-    module.__dict__.update(attributes)  # plain values, so not through nn.Module.__setattr__, which is slow
+    # What nn.Module.__init__ does, past nn.Module.__setattr__: adapters of large models are thousands of modules.
+    module.__dict__.update({name: value.copy() if hasattr(value, "copy") else value for name, value in _BLANK})
+    module.__dict__.update(attributes)
     return module
 
 
