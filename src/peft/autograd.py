@@ -512,11 +512,10 @@ def _together(updates: list[Update]) -> Update | None:
 
 @dataclass(frozen=True)
 class Stack:
-    """Low-rank updates side by side, padded to one rank: `down` (n, r, in), `up` (n, r, out), `scale` (n,)."""
+    """Low-rank updates side by side, padded to one rank: `down` (n, r, in), `up` (n, r, out), scaled."""
 
     down: Tensor
     up: Tensor
-    scale: Tensor
     rate: float
     """Of the dropout that they share."""
 
@@ -533,15 +532,13 @@ def stack(updates: Sequence[Update | None], x: Tensor, weight: Tensor) -> Stack 
     if dtype is None or len(rates) > 1 or None in rates:
         return None
     ops = [None if u is None else u.op for u in updates]  # type: ignore[union-attr]
-    factors = [(None, None) if op is None else (op.down, op.up.mT) for op in ops]  # type: ignore[union-attr]
+    factors = [(None, None) if op is None else (op.down, op.up.mT * op.scale) for op in ops]  # type: ignore[union-attr]
     if not _plain(x, weight, *(factor for pair in factors for factor in pair)):
         return None
     rank = max((down.shape[0] for down, _ in factors if down is not None), default=1)
-    scales = [torch.as_tensor(0.0 if op is None else op.scale, dtype=dtype, device=x.device) for op in ops]  # type: ignore[union-attr]
     return Stack(
         torch.stack([_tall(down, rank, weight.shape[1], weight, dtype) for down, _ in factors]),
         torch.stack([_tall(up, rank, weight.shape[0], weight, dtype) for _, up in factors]),
-        torch.stack(scales),
         rates.pop() if rates else 0.0,  # type: ignore[arg-type]
     )
 
@@ -559,22 +556,22 @@ def mixed(held: Stack, route: Route, x: Tensor, weight: Tensor, bias: Tensor | N
         weight: W (out, in).
         bias: b (out,), or None.
     """
-    flat = x.to(held.down.dtype).reshape(x.shape[0], -1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
+    samples, out = x.shape[0], weight.shape[0]
+    flat = x.to(held.down.dtype).reshape(samples, -1, x.shape[-1])
+    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
         y, seen = _linear(flat, weight, bias), F.dropout(flat, held.rate) if held.rate else flat
-        samples, tokens, _ = flat.shape
+        tokens = flat.shape[1]
         order, back = route.groups(samples, x.device)
         if 2 * order.numel() * tokens <= samples * held.down.shape[1]:
-            groups = seen.index_select(0, order.flatten()).view(order.shape[0], -1, x.shape[-1])
-            hidden = torch.bmm(groups, held.down.mT) * held.scale[:, None, None]
-            delta = torch.bmm(hidden, held.up).view(-1, tokens, weight.shape[0])
+            groups = seen.index_select(0, order.view(-1)).view(order.shape[0], -1, x.shape[-1])
+            delta = torch.bmm(torch.bmm(groups, held.down.mT), held.up).view(-1, tokens, out)
             y = y.add_(delta.index_select(0, back))
         else:
             index = route.index(samples, x.device)
-            down, up, scale = (t.index_select(0, index) for t in (held.down, held.up, held.scale))
-            hidden = torch.bmm(seen, down.mT) * scale[:, None, None]
+            down, up = held.down.index_select(0, index), held.up.index_select(0, index)
+            hidden = torch.bmm(seen, down.mT)
             y = torch.baddbmm(y, hidden, up) if torch.is_grad_enabled() else y.baddbmm_(hidden, up)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], out)
 
 
 def _tall(factor: Tensor | None, rank: int, size: int, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,8 +34,8 @@ def each_row(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor, args: tuple,
             "(model.use(name)), or leave the experts out of target_modules."
         )
     dim = layer.host.rows(x, kwargs)
-    if len(set(rows)) > 1 and not args and not kwargs and not isinstance(layer.base_layer, AdapterHolder):
-        _spread(rows, x.shape[dim])
+    if not args and not kwargs and len(set(rows)) > 1 and not isinstance(layer._modules["base_layer"], AdapterHolder):
+        _check_shared_out(rows, x.shape[dim])
         y = batched(layer, rows, x)
         if y is not None:
             return y
@@ -81,12 +84,16 @@ def in_turns(
 
 def _spread(rows: Sequence[str], size: int) -> list[str]:
     """The name of each row of a batch, given a name per sample."""
+    _check_shared_out(rows, size)
+    return [name for name in rows for _ in range(size // len(rows))]
+
+
+def _check_shared_out(rows: Sequence[str], size: int) -> None:
     if size % len(rows):
         raise StateError(
             f"adapter_names has {len(rows)} entries, but the batch that reaches this layer has {size} rows. "
             "Give one name per sample."
         )
-    return [name for name in rows for _ in range(size // len(rows))]
 
 
 def _pick(value: Any, index: Tensor, dim: int, size: int) -> Any:
@@ -111,56 +118,97 @@ def batched(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor) -> Tensor | N
 
     In inference the stacked factors are kept until an adapter changes, or other adapters are asked for.
     """
-    if not layer.host.on_input or x.dim() < 2:
+    host = layer.host
+    if not host.on_input or x.dim() < 2 or not autograd.can_fuse(host.module):
         return None
-    distinct = dict.fromkeys(rows)
-    stacks = [layer._stack(routing.use(None if n == routing.BASE else n)) for n in distinct]
-    if any(len(stack) > 1 for stack in stacks) or not autograd.can_fuse(layer.host.module):
-        return None
-    names = tuple(stack[0] if stack else None for stack in stacks)
-    state = _state(layer, names)
-    if state is None:
-        return None
-    weight, bias = layer._frozen(layer.host)
+    weight, bias = layer._frozen(host)
+    names = tuple(n if n in layer._adapters else None for n in dict.fromkeys(rows))
+    key = (names, x.dtype, weight.dtype, x.device, torch.is_autocast_enabled(x.device.type), layer.training)
     keep = not torch.is_grad_enabled() and not layer._banks and not layer._leaders
-    key = (names, x.dtype, x.device, torch.is_autocast_enabled(x.device.type), layer.training, tuple(state[1]))
-    kept = layer._caches.get("rows") if keep else None
-    if kept is None or kept[0] != key:
+    kept: Kept | None = layer._caches.get("rows") if keep else None
+    parts = _parts(layer, names)
+    if kept is not None and kept.key == key and kept.stands(parts):
+        if any(kept.hooks):
+            return None
+        stacked = kept.stack
+    else:
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        hooks = [hooks for module in modules for hooks in _hooks(module)]
+        if any(hooks):
+            return None
         updates = [None if name is None else layer.updates((name,), running=True)[0] for name in names]
         stacked = autograd.stack(updates, x, weight)
         if stacked is None:
             return None
-        kept = (key, state[0], stacked)  # the tensors are held, so that no other one gets their identity
         if keep:
-            layer._caches["rows"] = kept
+            layer._caches["rows"] = Kept.of(key, parts, modules, hooks, stacked)
     route = routing.current()
     route = route if route is not None and route.rows == rows else routing.Route(rows=rows)
-    return autograd.mixed(kept[2], route, x, weight, bias)
+    return autograd.mixed(stacked, route, x, weight, bias)
 
 
-def _state(layer: AdaptedLayer, names: tuple[str | None, ...]) -> tuple[list[Tensor], list[Any]] | None:
-    """All that adapters on a layer consist of: tensors, and values that change when anything does; None under hooks."""
-    tensors: list[Tensor] = []
-    values: list[Any] = []
-    holders = [held for name, held in layer._modules.items() if held is not None and name != "base_layer"]
-    settings = [held for s in layer.other_param_names if isinstance(held := layer.__dict__.get(s), dict)]
-    for name in names:
-        if name is None:
-            continue
-        for held in holders:
-            leaf: nn.Module | None = held._modules.get(name)
-            if leaf is not None:
-                if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
-                    return None
-                tensors += [p for p in leaf._parameters.values() if p is not None]
-            elif (own := held._parameters.get(name)) is not None:
-                tensors.append(own)
-        for held in settings:
-            value = held.get(name)
-            if isinstance(value, Tensor):
-                tensors.append(value)
-            else:
-                values.append(value)
-    for tensor in tensors:
-        values += (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-    return tensors, values
+@dataclass(frozen=True)
+class Kept:
+    """Stacked factors, with all that they were made of: they stand as long as none of it changes.
+
+    Things are compared by identity, and held so that no other one gets theirs; this runs in each call of each layer,
+    so the loops are those of the interpreter.
+    """
+
+    key: tuple[Any, ...]
+    parts: list[Any]
+    hooks: list[dict[int, Any]]
+    """Those of the modules among `parts`, whether there are any or not."""
+    homes: list[dict[str, Any]]
+    """Where these modules have their parameters."""
+    own: list[Any]
+    """The parameters there."""
+    tensors: list[Tensor]
+    changes: tuple[list[int], list[int]]
+    stack: autograd.Stack
+
+    @classmethod
+    def of(
+        cls, key: tuple[Any, ...], parts: list[Any], modules: list[nn.Module], hooks: list[Any], stack: autograd.Stack
+    ) -> Kept | None:
+        """None if changes of these parts would go unseen: inference tensors don't count theirs."""
+        homes: list[dict[str, Any]] = [module._parameters for module in modules]
+        own = list(chain.from_iterable(map(dict.values, homes)))
+        tensors = [t for t in (*parts, *own) if isinstance(t, Tensor)]
+        if any(module._modules or module._buffers for module in modules) or any(t.is_inference() for t in tensors):
+            return None
+        return cls(key, parts, hooks, homes, own, tensors, _changes(tensors), stack)
+
+    def stands(self, parts: list[Any]) -> bool:
+        """Whether nothing has changed, given the parts of now."""
+        return (
+            len(parts) == len(self.parts)
+            and all(map(is_, parts, self.parts))
+            and all(map(is_, chain.from_iterable(map(dict.values, self.homes)), self.own))
+            and sum(map(len, self.homes)) == len(self.own)
+            and _changes(self.tensors) == self.changes
+        )
+
+
+_version = attrgetter("_version")
+_hooks = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _changes(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """What differs once a tensor was written to, or was given other memory."""
+    return list(map(_version, tensors)), list(map(Tensor.data_ptr, tensors))
+
+
+def _parts(layer: AdaptedLayer, names: tuple[str | None, ...]) -> list[Any]:
+    """The modules, tensors and settings that adapters on a layer consist of; None where there is none."""
+    found: list[Any] = []
+    for name, held in layer._modules.items():
+        if held is not None and name != "base_layer":
+            for inside in (held._modules, held._parameters, held._buffers):
+                if inside:
+                    found += map(inside.get, names)  # type: ignore[arg-type]
+    for setting in layer.other_param_names:
+        values = layer.__dict__.get(setting)
+        if values.__class__ is dict:
+            found += map(values.get, names)
+    return found
