@@ -42,9 +42,11 @@ class Factors:
             object.__setattr__(self, "A", self.A.unsqueeze(0))
         if self.B.dim() == 2:
             object.__setattr__(self, "B", self.B.unsqueeze(0))
-        a, b = tuple(self.A.shape), tuple(self.B.shape)
+        a, b = self.A.shape, self.B.shape
         if len(a) != 3 or len(b) != 3 or a[0] != b[0] or a[1] != b[2]:
-            raise ConfigError(f"A {a} and B {b} do not multiply: expected (blocks, rank, in) and (blocks, out, rank).")
+            raise ConfigError(
+                f"A {tuple(a)} and B {tuple(b)} do not multiply: expected (blocks, rank, in) and (blocks, out, rank)."
+            )
 
     @property
     def rank(self) -> int:
@@ -67,9 +69,18 @@ class Factors:
         return self.B @ self.A
 
     def norm(self) -> float:
-        """Frobenius norm, from the triangular factors alone. NaN on the meta device."""
+        """Frobenius norm, without the dense matrix. NaN on the meta device.
+
+        ‖BA‖² = Σ BᵀB ∘ AAᵀ, whose digits are lost where the ranks cancel; there, the triangular factors give it.
+        """
         if self.A.is_meta or self.B.is_meta:
             return math.nan
+        A, B = wide(self.A), wide(self.B)
+        gram = (B.mT @ B) * (A @ A.mT)
+        square = float(gram.sum())
+        pieces = float(gram.diagonal(dim1=1, dim2=2).sqrt().sum(1).square().sum())  # were all ranks to add up
+        if square > pieces * torch.finfo(A.dtype).eps ** 0.5:
+            return math.sqrt(square)
         return float(torch.linalg.vector_norm(_core(self)[1]))
 
     def padded(self, rank: int) -> Factors:
@@ -77,6 +88,8 @@ class Factors:
         (blocks, out, n), more = self.shape, rank - self.rank
         if more < 0:
             raise ConfigError(f"A change of rank {self.rank} can't be padded to rank {rank}: it would be cut.")
+        if more == 0:
+            return self
         return Factors(
             torch.cat([self.A, self.A.new_zeros(blocks, more, n)], 1),
             torch.cat([self.B, self.B.new_zeros(blocks, out, more)], 2),
@@ -99,9 +112,14 @@ def _core(f: Factors) -> tuple[tuple[Tensor, Tensor], Tensor]:
 
 
 def distance(one: Factors, other: Factors) -> float:
-    """Frobenius norm of the difference of two changes, without a dense matrix."""
-    wide_one, wide_other = (Factors(wide(f.A), wide(f.B)) for f in (one, other))
-    return stack([wide_one, wide_other.scaled(-1.0)]).norm()
+    """Frobenius norm of the difference of two changes, without a dense matrix.
+
+    BA − B'A' = (B − B')A + B'(A − A'): where the factors are close, so that one is the other cut or rounded, no digits
+    are lost.
+    """
+    rank = max(one.rank, other.rank)
+    one, other = (Factors(wide(f.A), wide(f.B)).padded(rank) for f in (one, other))
+    return Factors(torch.cat([one.A, one.A - other.A], 1), torch.cat([one.B - other.B, other.B], 2)).norm()
 
 
 def balanced(u: Tensor, s: Tensor, vh: Tensor, clamp: float | None = None) -> Factors:
@@ -189,23 +207,38 @@ def recompress(
         `dtype`. It is NaN on the meta device.
     """
     total = stack([Factors(wide(t.A), wide(t.B)) for t in terms])
-    dtype = dtype or result_dtype(terms)
+    factors, error, _ = compress(total, rank, dtype or result_dtype(terms), clamp)
+    return factors, error
+
+
+def compress(
+    total: Factors, rank: int | float | None, dtype: torch.dtype, clamp: float | None = None
+) -> tuple[Factors, float, float]:
+    """`recompress` for one change, with the factors in float64: the new ones, their relative error, and ‖total‖."""
     (left, right), core = _core(total)
-    if not core.is_meta and torch.linalg.vector_norm(core) <= _rounding(total):
-        core = torch.zeros_like(core)  # the terms cancel; what is left is noise, with no directions worth a rank
-    u, s, vh = torch.linalg.svd(core, full_matrices=False)
-    keep = choose_rank(s, rank, dtype)
-    result = balanced(left @ u[..., :keep], s[..., :keep], vh[..., :keep, :] @ right.mT, clamp).to(dtype)
     if total.A.is_meta:
-        return result, math.nan
+        u, s, vh = torch.linalg.svd(core, full_matrices=False)
+        keep = choose_rank(s, rank, dtype)
+        return _cut(balanced(left @ u, s, vh @ right.mT), keep, dtype, clamp), math.nan, math.nan
     norm = float(torch.linalg.vector_norm(core))
-    return result, relative(distance(total, result) if norm else 0.0, norm)
+    if norm <= _rounding(total):
+        core, norm = torch.zeros_like(core), 0.0  # the terms cancel: noise has no directions worth a rank
+    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    whole = balanced(left @ u, s, vh @ right.mT)
+    result = _cut(whole, choose_rank(s, rank, dtype), dtype, clamp)
+    return result, distance(whole, result) / norm if norm else 0.0, norm
 
 
-def _rounding(f: Factors) -> Tensor:
+def _cut(whole: Factors, rank: int, dtype: torch.dtype, clamp: float | None) -> Factors:
+    """The first ranks of balanced factors."""
+    kept = Factors(whole.A[:, :rank], whole.B[..., :rank])
+    return (kept if clamp is None else clamped(kept, clamp)).to(dtype)
+
+
+def _rounding(f: Factors) -> float:
     """The size of the rounding errors in `f.B @ f.A` when the product cancels."""
     eps = torch.finfo(f.A.dtype).eps
-    return 4 * eps * torch.linalg.vector_norm(f.A) * torch.linalg.vector_norm(f.B)
+    return 4 * eps * float(torch.linalg.vector_norm(f.A)) * float(torch.linalg.vector_norm(f.B))
 
 
 def result_dtype(terms: Sequence[Factors]) -> torch.dtype:

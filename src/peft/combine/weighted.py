@@ -32,8 +32,8 @@ from peft.combine import merge
 from peft.combine.factored import (
     Factors,
     clamped,
+    compress,
     distance,
-    recompress,
     relative,
     result_dtype,
     stack,
@@ -154,8 +154,7 @@ def _combine_factored(
         factors = factors if recipe.svd_clamp is None else clamped(factors, recipe.svd_clamp)
         norm = total.norm()
         return factors, relative(distance(total, factors), norm), norm
-    factors, error = recompress(parts, recipe.svd_rank, dtype, recipe.svd_clamp)
-    return factors, error, total.norm()
+    return compress(total, recipe.svd_rank, dtype, recipe.svd_clamp)
 
 
 def _combine_dense(
