@@ -79,13 +79,13 @@ class PeftType(str, Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
-        """Members for methods that other packages registered; the enum itself is closed."""
+        """Members for methods that this list does not name, ours or other packages'; the enum itself is closed."""
         if not isinstance(value, str) or not value:
             return None
         name = value.upper()
         if name in cls._value2member_map_:
             return cls(name)
-        if not registry.is_third_party(name):
+        if name not in registry.names():
             return None
         member = str.__new__(cls, name)
         member._name_, member._value_ = name, name

@@ -58,6 +58,8 @@ class WeightMethod:
     dropout: ClassVar[str | None] = None
     """Config field, and dict on the layer, of the dropout on the adapter's input."""
     mergeable: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
+    """Whether the change is linear in the tensors that train, so that a weighted sum of adapters is that of theirs."""
     ties: ClassVar[bool] = False
     """Whether files that say nothing of ties were made with ties kept."""
     copies: ClassVar[Any] = None

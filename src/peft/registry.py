@@ -27,10 +27,22 @@ def register(peft_type: str, config: type, method: Any) -> None:
         peft_type: Its name in files, upper case.
         config: The config class; its `peft_type` becomes this one.
         method: The method itself: a `WeightMethod`, an insertion or a prompt encoder.
+
+    Raises:
+        ConfigError: another class has that name. The same one may come again, as cells of notebooks do.
     """
+    known = _CONFIGS.get(peft_type)
+    if known is not None and _path(known) != _path(config):
+        raise ConfigError(
+            f"{_path(config)} can't be the method {peft_type!r}: {_path(known)} is already. Choose another peft_type."
+        )
     config._peft_type = peft_type  # type: ignore[attr-defined]
     _CONFIGS[peft_type] = config
     _METHODS[peft_type] = method
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def config_class(peft_type: str) -> type:
@@ -77,6 +89,13 @@ def _load(peft_type: str) -> None:
     elif name in _third_party():
         _third_party()[name].load()
     if name not in _METHODS:
+        module = _files().get(name) or (_third_party()[name].module if name in _third_party() else None)
+        inside = [kind for kind, config in _CONFIGS.items() if config.__module__ == module]
+        if inside:
+            raise ConfigError(
+                f"{module} defines the method {' and '.join(inside)}, not {name}. Files and entry points are named as "
+                f"the type of their method, in lower case: {inside[0].lower()}."
+            )
         raise ConfigError(f"There is no method {peft_type!r}.{nearest(name, names())} Methods: {', '.join(names())}.")
 
 

@@ -117,7 +117,9 @@ PATHS = [*FUNCTIONS, *(f"{owner}.{method}" for owner, methods in METHODS.items()
 #: `ensure_weight_tying`: None keeps what the base model ties, and says so in the file; the reference's False parts it
 #: silently. `layer_cls` is not needed here.
 OWN_DEFAULTS = {"ensure_weight_tying", "layer_cls", "peft_version"}
-CONFIGS = sorted({config.__name__ for config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.values()})
+CONFIGS = sorted(
+    {c.__name__ for kind, c in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind in peft.PeftType.__members__}
+)
 
 
 def _accepts(ours: list, reference: list) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft import registry
 from peft.combine.factored import wide
 from peft.errors import ConfigError, UnsupportedError
 
-LINEAR = frozenset({"IA3", "C3A", "FOURIERFT", "WAVEFT", "SHIRA", "BEFT", "MISS"})
 _FREE = frozenset(
     {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type", "peft_version"}
-    | {"init_weights", "miss_dropout", "dropout"}
+    | {"init_weights"}
 )
 
 
@@ -31,18 +31,20 @@ def check(configs: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"Adapters of different methods ({kinds}) have no tensors to add; convert them to LoRA first."
         )
+    method = registry.method(kind)
     bat = kind == "MISS" and any(c.init_weights == "bat" for c in configs.values())
-    if kind not in LINEAR or bat:
+    if not method.linear or bat:
+        known = sorted(name for name, m in registry.all_methods().items() if getattr(m, "linear", False))
         raise UnsupportedError(
-            f"The change of a {kind} adapter{' with the bat update' if bat else ''} is not linear in its tensors, so "
-            f"these have no weighted sum. Convert the adapters with `convert_to_lora` and combine those. Linear: "
-            f"{', '.join(sorted(LINEAR | {'LORA'}))}."
+            f"{kind}{' with the bat update' if bat else ''} does not say that its change is linear in its tensors, so "
+            "these have no weighted sum. Convert the adapters with `convert_to_lora` and combine those. Linear: "
+            f"{', '.join([*known, 'LORA'])}."
         )
     (first, one), *others = configs.items()
     for name, other in others:
         for field in dataclasses.fields(one):
             values = getattr(one, field.name), getattr(other, field.name)
-            if field.name not in _FREE and values[0] != values[1]:
+            if field.name not in _FREE | {method.dropout} and values[0] != values[1]:
                 raise ConfigError(
                     f"{kind} adapters can only be added if their tensors mean the same: {first!r} has {field.name} "
                     f"{values[0]!r} and {name!r} has {values[1]!r}."

@@ -51,6 +51,7 @@ class Shift(Update):
 
 class Beft(WeightMethod, peft_type="BEFT", config=BeftConfig):
     slots = (Slot("beft_bias", "1 out"),)
+    linear = True
     samples = ({}, {"init_weights": False})
 
     def resolve(self, config: BeftConfig, host: Host, site: Site) -> dict[str, Any]:

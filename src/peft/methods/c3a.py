@@ -56,6 +56,7 @@ class C3AConfig(TargetedConfig):
 
 class C3A(WeightMethod, peft_type="C3A", config=C3AConfig):
     slots = (Slot("c3a_kernel", "out/block_size in/block_size block_size"),)
+    linear = True
     settings = ("block_size",)
     samples = ({"block_size": 4}, {"block_size": 2, "init_weights": True})
 

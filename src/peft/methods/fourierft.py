@@ -62,6 +62,7 @@ class FourierFT(WeightMethod, peft_type="FOURIERFT", config=FourierFTConfig):
         Slot("fourierft_spectrum", "fourierft_n_frequency"),
         Slot("fourierft_indices", "2 fourierft_n_frequency", kind="buffer", saved=False, dtype=torch.long),
     )
+    linear = True
     settings = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed")
     samples = ({"n_frequency": 7}, {"n_frequency": 5, "init_weights": True, "scaling": 3.0})
 

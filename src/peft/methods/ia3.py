@@ -64,6 +64,7 @@ def _shape(sizes: Sizes) -> tuple[int, ...]:
 
 class IA3(WeightMethod, peft_type="IA3", config=IA3Config):
     slots = (Slot("ia3_l", _shape),)
+    linear = True
     settings = ("is_feedforward",)
     samples = (
         {"feedforward_modules": []},

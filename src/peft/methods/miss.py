@@ -61,6 +61,7 @@ def _shape(sizes: Sizes) -> tuple[int, ...]:
 
 class Miss(WeightMethod, peft_type="MISS", config=MissConfig):
     slots = (Slot("miss_block", _shape),)
+    linear = True
     settings = ("miss_r", "miss_mini_r")
     dropout = "miss_dropout"
     samples = ({"r": 3}, {"r": 2, "mini_r": 2, "init_weights": "mini"}, {"r": 2, "init_weights": "bat"})

@@ -69,6 +69,7 @@ class Shira(WeightMethod, peft_type="SHIRA", config=ShiraConfig):
         Slot("shira_weight", "count"),
         Slot("shira_indices", "2 count", kind="buffer", trains=False, dtype=torch.int32),
     )
+    linear = True
     settings = ("r", "scaling")
     samples = ({"r": 1}, {"r": 1, "random_seed": 3, "init_weights": False})
 

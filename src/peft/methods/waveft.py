@@ -74,6 +74,7 @@ class WaveFT(WeightMethod, peft_type="WAVEFT", config=WaveFTConfig):
         Slot("waveft_indices", "2 waveft_n_frequency", kind="buffer", saved=False, dtype=torch.long),
         Slot("waveft_filters", "2 taps_of_wavelet", kind="buffer", saved=False, when="waveft_use_idwt"),
     )
+    linear = True
     settings = (
         "waveft_n_frequency",
         "waveft_scaling",
