@@ -25,6 +25,10 @@ from torch import Tensor
 from peft.errors import ConfigError
 
 
+_CLEARLY = 1e-5
+"""A share of ‖B‖‖A‖ that stands above the rounding of float32, and in float64 above that of Gram matrices."""
+
+
 def wide(tensor: Tensor) -> Tensor:
     """`tensor` in float64, or float32 on devices that have no float64."""
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
@@ -215,6 +219,10 @@ def compress(
     total: Factors, rank: int | float | None, dtype: torch.dtype, clamp: float | None = None
 ) -> tuple[Factors, float, float]:
     """`recompress` for one change, with the factors in float64: the new ones, their relative error, and ‖total‖."""
+    loses_none = rank is None or (isinstance(rank, int) and rank >= total.rank)
+    if loses_none and (even := _independent(total)) is not None:
+        result, norm = _cut(even, even.rank, dtype, clamp), even.norm()
+        return result, relative(distance(even, result), norm), norm
     (left, right), core = _core(total)
     if total.A.is_meta:
         u, s, vh = torch.linalg.svd(core, full_matrices=False)
@@ -227,6 +235,26 @@ def compress(
     whole = balanced(left @ u, s, vh @ right.mT)
     result = _cut(whole, choose_rank(s, rank, dtype), dtype, clamp)
     return result, distance(whole, result) / norm if norm else 0.0, norm
+
+
+def _independent(f: Factors) -> Factors | None:
+    """The same ranks, each with as much norm in A as in B; None unless no fewer of them hold the change.
+
+    σₖ(BA) ≥ σₖ(B) σₖ(A) ≥ 1 / (‖L⁻¹‖ ‖M⁻¹‖) with the Cholesky factors L of BᵀB and M of AAᵀ (k ranks).
+    """
+    if f.A.is_meta or f.rank > min(f.shape[1:]):
+        return None
+    grams = torch.stack([f.B.mT @ f.B, f.A @ f.A.mT])
+    squares = grams.diagonal(dim1=2, dim2=3)
+    root = (squares[0] / squares[1]).pow(0.25)
+    both = root[:, :, None] * root[:, None, :]
+    lower, failed = torch.linalg.cholesky_ex(torch.stack([grams[0] / both, grams[1] * both]))
+    if failed.any():
+        return None
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(f.rank, dtype=root.dtype, device=root.device), upper=False)
+    lost = torch.linalg.vector_norm(inverse, dim=(2, 3)).prod(0)
+    most = (squares[0] * squares[1]).sqrt().sum(1)  # ‖B‖‖A‖ of the even factors, no less than σ₁
+    return Factors(f.A * root[..., None], f.B / root[:, None]) if bool((lost * most * _CLEARLY < 1).all()) else None
 
 
 def _cut(whole: Factors, rank: int, dtype: torch.dtype, clamp: float | None) -> Factors:

@@ -138,23 +138,29 @@ def _combine_factored(
 ) -> tuple[Factors, float, float]:
     """Sums, and sums of pruned factors: nothing dense."""
     dtype = result_dtype([t.factors for t in terms])
-    parts = []
-    for term, w in zip(terms, weights, strict=True):
-        a, b = wide(term.factors.A), wide(term.factors.B)
-        if recipe.operation != "sum":
-            random = recipe.operation == "dare_linear"
-            a, b = (
-                prune(x, recipe.density, "random" if random else "magnitude", random, generator)  # type: ignore[arg-type]
-                for x in (a, b)
-            )
-        parts.append(Factors(a, b * (w * term.scale)))
-    total = stack(parts)
+    scales = [w * t.scale for t, w in zip(terms, weights, strict=True)]
+    if recipe.operation == "sum":
+        total = stack([t.factors for t in terms])
+    else:
+        total = stack([_pruned(t.factors, recipe, generator) for t in terms])
+    total = Factors(wide(total.A), wide(total.B))
+    start = 0
+    for term, scale in zip(terms, scales, strict=True):
+        total.B[..., start : start + term.factors.rank].mul_(scale)
+        start += term.factors.rank
     if recipe.combination_type == "cat" and recipe.svd_rank is None:
         factors = total.to(dtype)
         factors = factors if recipe.svd_clamp is None else clamped(factors, recipe.svd_clamp)
         norm = total.norm()
         return factors, relative(distance(total, factors), norm), norm
     return compress(total, recipe.svd_rank, dtype, recipe.svd_clamp)
+
+
+def _pruned(f: Factors, recipe: Recipe, generator: torch.Generator | None) -> Factors:
+    """A and B pruned apart."""
+    random = recipe.operation == "dare_linear"
+    how = "random" if random else "magnitude"
+    return Factors(*(prune(wide(x), recipe.density, how, random, generator) for x in (f.A, f.B)))  # type: ignore[arg-type]
 
 
 def _combine_dense(
