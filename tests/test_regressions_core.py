@@ -361,3 +361,15 @@ def test_a_model_that_has_run_and_trained_can_be_copied():
         for parameter in model.parameters():
             parameter.add_(0)
     assert torch.equal(copy.deepcopy(model)(x), expected)
+
+
+def test_an_option_that_a_config_does_not_have_is_named_with_the_nearest():
+    with pytest.raises(TypeError, match="Did you mean 'target_modules'"):
+        LoraConfig(target_module=["q_proj"])
+
+    class Own(LoraConfig):
+        def __init__(self, note: str, **options) -> None:
+            super().__init__(**options)
+            self.note = note
+
+    assert Own(note="kept", r=3).r == 3

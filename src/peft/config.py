@@ -1,9 +1,8 @@
 """Configs: what a method is told, in memory and in `adapter_config.json`. Knows JSON, never torch.
 
 Every config is a dataclass. `PeftConfig` holds what all share, `TargetedConfig` how modules are chosen (for methods
-that
-change layers), `PromptLearningConfig` the shape of a prompt. A method adds its own fields in its own file and is found
-by its `PeftType`.
+that change layers), `PromptLearningConfig` the shape of a prompt. A method adds its own fields in its own file and is
+found by its `PeftType`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,15 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import registry, typecheck
 from peft.checkpoint import files
-from peft.errors import ConfigError, PeftWarning, nearest
+from peft.errors import ConfigError, PeftWarning, UnknownOptionError, nearest
 from peft.version import __version__
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CONFIG_NAME = "adapter_config.json"
 _RUN_ONLY = ("allow_unmatched",)
@@ -117,6 +119,18 @@ class PeftConfigMixin:
     _from_file: ClassVar[bool] = False
     # Fields left out of the file while they have their default, since HF PEFT's config of the method lacks them.
     _optional: ClassVar[frozenset[str]] = frozenset()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        unknown = [name for name in kwargs if name not in cls.__dataclass_fields__]
+        if unknown and "__init__" in cls.__dict__:  # of a dataclass, or of a subclass with one of its own
+            taken = inspect.signature(cls.__init__).parameters
+            if unknown[0] not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+                options = [f.name for f in dataclasses.fields(cls) if f.init]
+                raise UnknownOptionError(
+                    f"{cls.__name__} has no option {unknown[0]!r}.{nearest(unknown[0], options)} Options: "
+                    f"{', '.join(options)}."
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.task_type = _enum(TaskType, self.task_type, "task_type")

@@ -5,6 +5,7 @@ Catch wide (`PeftError`) or narrow. Each class also inherits the builtin that ca
 
     PeftError
     ├── ConfigError (ValueError)                 a config that contradicts itself, or says what no method knows
+    │   └── UnknownOptionError (TypeError)       an option that a config does not have
     ├── TargetError (ValueError)                 a requested module or parameter that can't be adapted
     │   └── NoMatchingPeftModuleError            nothing in the model matches
     ├── UnsupportedError (NotImplementedError)   a combination that mathematics forbids
@@ -32,6 +33,10 @@ class PeftError(Exception):
 
 class ConfigError(PeftError, ValueError):
     """A config contradicts itself, or holds a value that its method does not know."""
+
+
+class UnknownOptionError(ConfigError, TypeError):
+    """A config was given an option that it does not have."""
 
 
 class TargetError(PeftError, ValueError):
