@@ -36,12 +36,12 @@ def layout(layer: AdaptedLayer) -> Layout:
     return Layout(groups=layer.host.groups, experts=experts if experts > 1 else 0)
 
 
-def lora_term(layer: AdaptedLayer, adapter: str) -> Term | None:
+def lora_term(layer: AdaptedLayer, adapter: str, how: Layout | None = None) -> Term | None:
     """A LoRA adapter of a layer, or None where it has none. DoRA comes as the change that merging makes."""
     if adapter not in layer.available_adapters:
         return None
     p = layer.parts(adapter)
-    factors = layout(layer).pack(p.lora_A.detach(), p.lora_B.detach())
+    factors = (how or layout(layer)).pack(p.lora_A.detach(), p.lora_B.detach())
     bias = p.leaf("lora_B").bias.detach() if p.lora_bias else None  # type: ignore[union-attr]
     delta = partial(dense_change, layer, adapter) if p.use_dora else None
     return Term(factors, float(p.scaling), bias, delta)

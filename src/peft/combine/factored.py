@@ -24,7 +24,6 @@ from torch import Tensor
 
 from peft.errors import ConfigError
 
-
 _CLEARLY = 1e-5
 """A share of ‖B‖‖A‖ that stands above the rounding of float32, and in float64 above that of Gram matrices."""
 
@@ -82,7 +81,7 @@ class Factors:
         A, B = wide(self.A), wide(self.B)
         gram = (B.mT @ B) * (A @ A.mT)
         square = float(gram.sum())
-        pieces = float(gram.diagonal(dim1=1, dim2=2).sqrt().sum(1).square().sum())  # were all ranks to add up
+        pieces = float(gram.diagonal(dim1=1, dim2=2).sqrt().sum(1).square().sum())  # if all ranks added up
         if square > pieces * torch.finfo(A.dtype).eps ** 0.5:
             return math.sqrt(square)
         return float(torch.linalg.vector_norm(_core(self)[1]))
@@ -220,8 +219,9 @@ def compress(
 ) -> tuple[Factors, float, float]:
     """`recompress` for one change, with the factors in float64: the new ones, their relative error, and ‖total‖."""
     loses_none = rank is None or (isinstance(rank, int) and rank >= total.rank)
-    if loses_none and (even := _independent(total)) is not None:
-        result, norm = _cut(even, even.rank, dtype, clamp), even.norm()
+    if loses_none and (found := _independent(total)) is not None:
+        even, norm = found
+        result = _cut(even, even.rank, dtype, clamp)
         return result, relative(distance(even, result), norm), norm
     (left, right), core = _core(total)
     if total.A.is_meta:
@@ -237,8 +237,8 @@ def compress(
     return result, distance(whole, result) / norm if norm else 0.0, norm
 
 
-def _independent(f: Factors) -> Factors | None:
-    """The same ranks, each with as much norm in A as in B; None unless no fewer of them hold the change.
+def _independent(f: Factors) -> tuple[Factors, float] | None:
+    """The same ranks, each with as much norm in A as in B, and ‖BA‖; None unless no fewer of them hold the change.
 
     σₖ(BA) ≥ σₖ(B) σₖ(A) ≥ 1 / (‖L⁻¹‖ ‖M⁻¹‖) with the Cholesky factors L of BᵀB and M of AAᵀ (k ranks).
     """
@@ -254,7 +254,9 @@ def _independent(f: Factors) -> Factors | None:
     inverse = torch.linalg.solve_triangular(lower, torch.eye(f.rank, dtype=root.dtype, device=root.device), upper=False)
     lost = torch.linalg.vector_norm(inverse, dim=(2, 3)).prod(0)
     most = (squares[0] * squares[1]).sqrt().sum(1)  # ‖B‖‖A‖ of the even factors, no less than σ₁
-    return Factors(f.A * root[..., None], f.B / root[:, None]) if bool((lost * most * _CLEARLY < 1).all()) else None
+    if not (lost * most * _CLEARLY < 1).all():
+        return None
+    return Factors(f.A * root[..., None], f.B / root[:, None]), math.sqrt(float((grams[0] * grams[1]).sum()))
 
 
 def _cut(whole: Factors, rank: int, dtype: torch.dtype, clamp: float | None) -> Factors:

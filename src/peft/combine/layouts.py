@@ -44,6 +44,8 @@ class Layout:
 
     def pack(self, A: Tensor, B: Tensor) -> Factors:
         """lora_A, lora_B -> factors (blocks, r, in), (blocks, out, r)."""
+        if self.blocks == 1 and A.dim() == 2 and not self.experts:
+            return Factors(A, B)
         if self.experts:
             return Factors(A.unflatten(0, (self.experts, -1)), B.unflatten(1, (-1, self.experts)).permute(2, 0, 1))
         return Factors(A.flatten(1).unflatten(0, (self.groups, -1)), B.flatten(1).unflatten(0, (self.groups, -1)))

@@ -110,7 +110,8 @@ def _add_lora(
 
     def terms() -> Iterator[tuple[str, list[Term | None]]]:
         for key, layer in layers.items():
-            yield key, [lora_term(layer, name) for name in names]
+            how = layout(layer)
+            yield key, [lora_term(layer, name, how) for name in names]
 
     combined, report = combine(terms(), weights, combination_type, **options)
     if options["reference"] and any(config.lora_bias for config in configs.values()):
