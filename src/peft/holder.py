@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft import registry, routing
-from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError, nearest
+from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError, UnsupportedError, nearest
 from peft.hosts import Host
 from peft.hosts.base import bare
 from peft.hosts.parameter import ParameterHost, lend
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 """Paths of layers inside one expert of a mixture, which see the tokens that a router sends there."""
-_BY_NAME = ("_adapters", "_stored", "_banks", "_leaders", "_followers", "_originals", "_caches", "_waiting")
+_BY_NAME = ("_adapters", "_stored", "_banks", "_leaders", "_followers", "_originals", "_caches", "_waiting", "_scales")
 _ADAPTER_STATE = ("base_layer", "_adapters", "_active_adapter", "merged_adapters")
 
 
@@ -56,6 +56,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     _originals: dict[str, Any]
     _caches: dict[str, Any]
     _waiting: dict[str, Site]
+    _scales: dict[str, Any]
+    """The scaling with which each adapter that has one began."""
 
     def __init__(
         self,
@@ -189,6 +191,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             self._add_dropout(method.dropout, name, config, site)
         for setting in method.settings:
             self.__dict__.setdefault(setting, {})[name] = settings.get(setting)
+        if "scaling" in method.settings:
+            self._scales[name] = settings.get("scaling")
         for bank, module in (banks or {}).items():
             self._modules[bank] = self._banks[bank] = module
         self._dispatched |= _EXPERT.search(site.key) is not None
@@ -327,6 +331,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
                 yield module
         for setting in {s for m in self.methods for s in registry.method(m).settings}:
             yield self.__dict__.get(setting, {})
+        yield self._scales
 
     def follow(self, name: str, config: Any, leader: AdaptedLayer) -> None:
         """Take part in an adapter of the layer that this one shares its weight with: the same change, no parameters.
@@ -458,24 +463,44 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     # scale
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the adapter's scaling to `scale` times its initial one."""
-        scaling = self.__dict__.get("scaling", {})
-        if adapter in scaling:
-            scaling[adapter] = scale * self._initial_scaling(adapter)
+        """Set the adapter's scaling to `scale` times its initial one. A layer without that adapter has nothing to set.
+
+        Raises:
+            UnsupportedError: the adapter's method has no scaling, and `scale` is not 1.
+        """
+        leader = self._leaders.get(adapter)
+        if leader is not None:
+            leader.set_scale(adapter, scale)
+        elif adapter in self._scales:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+        elif adapter in self._adapters and scale != 1:
+            method = method_of(self._adapters[adapter]).peft_type
+            raise UnsupportedError(
+                f"set_scale({adapter!r}, {scale}): {method} has no scaling to set. To run the model without the "
+                "adapter, use disable_adapter() or set_adapter(); to weaken it, merge it with a weight."
+            )
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of the active adapters."""
-        for name in self._active_adapter:
-            if name in self.__dict__.get("scaling", {}):
-                self.scaling[name] *= scale
+        """Multiply the scaling of the active adapters; warns of those that have none."""
+        for name in self._scalable(scale):
+            self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by `scale`; None restores the initial one."""
-        for name in self._active_adapter:
-            if name in self.__dict__.get("scaling", {}):
-                self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+        for name in self._scalable(1 if scale is None else scale):
+            self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
 
-    def _initial_scaling(self, name: str) -> float:
+    def _scalable(self, scale: float) -> list[str]:
+        """The active adapters of this layer that have a scaling; the others can't follow a factor that is not 1."""
+        for name in self._active_adapter if scale != 1 else ():
+            if name in self._adapters and name not in self._scales and name not in self._leaders:
+                method = method_of(self._adapters[name]).peft_type
+                warnings.warn(
+                    f"Adapter {name!r} stays as strong as it is: {method} has no scaling.", PeftWarning, stacklevel=3
+                )
+        return [name for name in self._active_adapter if name in self._scales]
+
+    def _initial_scaling(self, name: str) -> Any:
         return method_of(self._adapters[name]).initial_scaling(Parts(self, name))
 
     # copying and moving

@@ -41,6 +41,9 @@ class WeightMethod:
     Subclass with `class C3A(WeightMethod, peft_type="C3A", config=C3AConfig)`. Instances hold nothing; everything about
     one adapter on one layer is in its `Parts`: slots by name as tensors, settings by name, the config.
 
+    Every hook that gets a host gets the *frozen* one: the base layer without adapters, even while some are merged into
+    it. So an adapter that is added then is the one that would be added before.
+
     Example:
         >>> from peft import registry
         >>> registry.method("LORA").slots[0].name
@@ -88,17 +91,23 @@ class WeightMethod:
     def resolve(self, config: Any, host: Host, site: Site) -> dict[str, Any]:
         """Settings of the adapter on this layer: ranks after patterns, block sizes, whatever `slots` and `update` need.
 
+        Called on any device, meta included: a layer's sizes may decide, its values may not.
         Raises `TargetError` where the method has no meaning on such a layer, saying which choice would be legal.
         """
         return {}
 
     def reset(self, p: Parts, host: Host) -> None:
-        """Fill the slots in place with their initial values. Runs under `no_grad`, never on the meta device."""
+        """Fill the slots in place with their initial values. Runs under `no_grad`, never on the meta device.
+
+        The one hook that may draw from torch's global generator. It does not run when a file is loaded.
+        """
         raise NotImplementedError
 
     def derive(self, p: Parts, host: Host) -> None:
         """Fill the buffers that files don't hold (seeded indices and the like), in place. Runs before `reset`.
 
+        It runs again wherever the adapter is loaded, so it has to give the same: from the config, the frozen weight and
+        generators with seeds of their own. If the base layer is on the meta device, it waits for the weights.
         Here and in `reset`, `p.site` says where the layer is.
         """
 
@@ -106,17 +115,18 @@ class WeightMethod:
         """Refill what follows from banks, in place, after a file may have brought other ones. Runs under `no_grad`."""
 
     def update(self, p: Parts, host: Host) -> Update:
-        """The update that the adapter is."""
+        """The update that the adapter is; called in every forward pass and merge, also compiled and on fake tensors."""
         raise NotImplementedError
 
     # what it may give
 
     def shared(self, config: Any, targets: Mapping[str, Host], device: Any, dtype: Any) -> dict[str, Any]:
-        """What all layers of one adapter share, made once per adapter before the layers.
+        """What all layers of one adapter share, made once per adapter before the layers; `targets` are frozen hosts.
 
         Tensors, parameters and groups (`ParameterDict`, `BufferDict`) become banks: `p.<name>` on each layer, one entry
         in the model (`base_model.<name>`).
-        Other values are only for `resolve`, as `site.shared`.
+        Other values are only for `resolve`, as `site.shared`. Draw from a generator with a seed of its own: where files
+        don't hold a bank (`saved_banks`), this makes it again.
         """
         return {}
 
@@ -132,11 +142,14 @@ class WeightMethod:
         """Fill in fields of the config, besides `target_modules`, that are left to the model's architecture."""
 
     def check_targets(self, config: Any, targets: Mapping[str, Host]) -> None:
-        """Raise if the targets as a whole can't be adapted."""
+        """Raise if the targets as a whole (frozen hosts) can't be adapted."""
 
     def initial_scaling(self, p: Parts) -> float:
-        """The scaling with which the adapter began, for methods that have the setting `scaling`."""
-        return 1.0
+        """What `set_scale` multiplies, for methods with the setting `scaling`: by default what `resolve` gave.
+
+        Override it where other settings that users may change decide (LoRA: `lora_alpha` and `r`).
+        """
+        return p.layer._scales[p.adapter]
 
     def saved_banks(self, config: Any) -> tuple[str, ...]:
         """Names of the shared tensors that files hold."""

@@ -81,6 +81,3 @@ class Gralora(WeightMethod, peft_type="GRALORA", config=GraloraConfig):
         if p.hybrid_r:
             op = Sum((op, LowRank(p.gralora_A_general, p.gralora_B_general, p.scaling)))
         return Add(op, dropout=p.dropout)
-
-    def initial_scaling(self, p: Parts) -> float:
-        return p.config.alpha / (p.r + p.hybrid_r)

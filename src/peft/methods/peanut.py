@@ -86,9 +86,6 @@ class Peanut(WeightMethod, peft_type="PEANUT", config=PeanutConfig):
     def resolve(self, config: PeanutConfig, host: Host, site: Site) -> dict[str, Any]:
         return {"r": config.r, "scaling": config.scaling, "depth": config.depth}
 
-    def initial_scaling(self, p: Parts) -> float:
-        return p.config.scaling
-
     def reset(self, p: Parts, host: Host) -> None:
         for tensor in (p.peanut_A, p.peanut_B, *p.peanut_encoders, *p.peanut_decoders):
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))

@@ -118,9 +118,6 @@ class Psoft(WeightMethod, peft_type="PSOFT", config=PsoftConfig):
         middle = turn - torch.eye(p.r, dtype=turn.dtype, device=turn.device)
         return Add(Bilinear(p.psoft_A, middle, p.psoft_B, p.scaling), dropout=p.dropout)
 
-    def initial_scaling(self, p: Parts) -> float:
-        return p.config.psoft_alpha / p.r
-
 
 def principal(weight: Tensor, config: PsoftConfig) -> tuple[Tensor, Tensor, Tensor]:
     """The top r singular triplets of a weight: U (out, r), S (r,), Vᵀ (r, in)."""

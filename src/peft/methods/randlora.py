@@ -99,9 +99,6 @@ class RandLora(WeightMethod, peft_type="RANDLORA", config=RandLoraConfig):
         op: Operator = LowRank(down, up)
         return Add(Scaled(op if host.in_features <= host.out_features else op.T, p.scaling), dropout=p.dropout)
 
-    def initial_scaling(self, p: Parts) -> float:
-        return p.config.randlora_alpha / p.r
-
     def to_file(self, p: Parts, name: str, tensor: Tensor, config: RandLoraConfig) -> dict[str, Tensor]:
         if name != "randlora_lambda" or not config.save_projection:
             return {name: tensor}

@@ -125,9 +125,6 @@ class AdaLora(WeightMethod, peft_type="ADALORA", config=AdaLoraConfig):
         gain = p.scaling / (p.ranknum + 1e-5)
         return Add(LowRank(p.lora_A * (p.lora_E * gain), p.lora_B), dropout=p.dropout)
 
-    def initial_scaling(self, p: Parts) -> float:
-        return p.lora_alpha if p.lora_alpha > 0 else p.config.init_r
-
     def to_file(self, p: Parts, name: str, tensor: Tensor, config: AdaLoraConfig) -> dict[str, Tensor]:
         return {name: tensor if p.kept is None else cut(name, tensor, p.kept)}
 
