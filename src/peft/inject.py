@@ -33,7 +33,10 @@ class Target:
 
     @property
     def host(self) -> Host:
-        """The layer as a weight that acts."""
+        """The layer as a weight that acts, without the adapters that are merged into it."""
+        layer = _layer_of(_under_tokens(self.module), self.parameter)
+        if layer is not None:
+            return layer.frozen
         inner = _inner(self.module)
         if self.parameter is not None:
             return ParameterHost(inner, self.parameter)
@@ -304,8 +307,11 @@ def _follow_ties(config: TargetedConfig, method: WeightMethod, plan: Plan, tied:
 
 def _at(model: nn.Module, key: str) -> nn.Module:
     parent, name = parent_of(model, key)
-    module = parent._modules[name]
-    assert module is not None
+    return _under_tokens(parent._modules[name])
+
+
+def _under_tokens(module: Any) -> nn.Module:
+    """The layer under the trained rows of an embedding."""
     return module.original_module if isinstance(module, TrainableTokensWrapper) else module
 
 
@@ -457,8 +463,7 @@ def _guard(layer: AdaptedLayer, adapter_name: str, key: str) -> None:
 def _layer_of(module: nn.Module | None, parameter: str | None) -> AdaptedLayer | None:
     """The adapted layer, among those nested around one module, that adapts this parameter (None: the layer itself)."""
     while isinstance(module, AdaptedLayer):
-        mine = module.__dict__.get("parameter_name")
-        if mine == parameter:
+        if module.__dict__.get("parameter_name") == parameter:
             return module
         module = module.base_layer
     return None

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import peft
+from peft import registry
+from peft.errors import PeftWarning, UnsupportedError
+from peft.method import WeightMethod
+from peft.testing import samples, train
 from tests.methods.both import run
 
 DRAW = """
@@ -112,3 +120,84 @@ def test_a_layer_alone_can_not_have_a_share_of_uni_lora():
 
     with pytest.raises(NotImplementedError, match="get_peft_model"):
         Linear(nn.Linear(4, 3), "default", config=peft.UniLoraConfig())
+
+
+WEIGHT = [
+    config
+    for name, method in registry.all_methods().items()
+    if isinstance(method, WeightMethod) and method.copies is None and not registry.is_third_party(name)
+    for config in samples(name)
+]
+
+
+def named(config):
+    return f"{config.peft_type}-{samples(config.peft_type).index(config)}"
+
+
+@pytest.mark.filterwarnings("ignore::peft.errors.PeftWarning")
+@pytest.mark.parametrize("config", WEIGHT, ids=named)
+def test_what_is_merged_meanwhile_does_not_show_in_a_new_adapter(config, tmp_path):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 24)), torch.randn(3, 8)
+    config = replace(config, target_modules=["0", "1"])
+    states, models = [], []
+    for merged in (False, True):
+        lora = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["0", "1"])
+        model = peft.get_peft_model(copy.deepcopy(base), lora, "first").eval()
+        train(model, seed=3, amount=1.0)
+        if merged:
+            model.merge_adapter()
+        torch.manual_seed(1)
+        model.add_adapter("second", copy.deepcopy(config))
+        if merged:
+            model.unmerge_adapter()
+        model.set_adapter("second")
+        states.append(peft.get_peft_model_state_dict(model, adapter_name="second"))
+        models.append(model)
+    plain, late = models
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(x), late.eval()(x))
+        train(late, seed=4)
+        late.save_pretrained(tmp_path, selected_adapters=["second"])
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "second").eval()
+        torch.testing.assert_close(loaded(x), late(x))
+
+
+@pytest.mark.parametrize("config", WEIGHT, ids=named)
+def test_scale_of_one_is_the_one_that_an_adapter_begins_with(config):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 12)), replace(config, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    layer.set_scale("elsewhere", 0.0)
+    if "scaling" not in registry.method(config.peft_type).settings:
+        with pytest.raises(UnsupportedError, match=f"{config.peft_type.value} has no scaling"):
+            layer.set_scale("default", 0.0)
+        with pytest.warns(PeftWarning, match=f"{config.peft_type.value} has no scaling"):
+            layer.scale_layer(0.5)
+        layer.set_scale("default", 1.0)
+        return
+    first = layer.scaling["default"]
+    layer.rename_adapter("default", "renamed")
+    layer.set_adapter("renamed")
+    for scale, change in ((0.5, layer.scale_layer), (1, lambda _: layer.unscale_layer())):
+        change(scale)
+        assert layer.scaling["renamed"] == first * scale
+    layer.scaling["renamed"] = -1.0
+    for scale in (0.0, 1.0, 3.0):
+        layer.set_scale("renamed", scale)
+        assert layer.scaling["renamed"] == first * scale
+
+
+def test_scaling_a_layer_names_the_adapter_that_can_not_follow():
+    model = adapted(peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
+    model.add_adapter("turn", peft.OFTConfig(oft_block_size=4, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    layer.set_adapter(["default", "turn"])
+    with pytest.warns(PeftWarning, match="'turn' stays as strong as it is: OFT"):
+        layer.scale_layer(0.5)
+    assert layer.scaling["default"] == 1.5
