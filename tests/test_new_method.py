@@ -28,6 +28,13 @@ for config in samples("LORAXS"):
 model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 12)), peft.LoraXsConfig(r=2, target_modules=["0"]))
 assert type(model.base_model).__name__ == "LoraXsModel"
 assert model.get_nb_trainable_parameters()[0] == 4
+assert [tuple(t.shape) for t in peft.get_peft_model_state_dict(model).values()] == [(2, 2)]
+try:
+    peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 12)), peft.LoraXsConfig(r=9, target_modules=["0"]))
+except peft.errors.TargetError as error:
+    assert "at most 8" in str(error)
+else:
+    raise AssertionError("a rank above the smaller side")
 """
 
 
