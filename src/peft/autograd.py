@@ -10,9 +10,11 @@ than arithmetic, run by as few of autograd's own nodes as it takes, in the dtype
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LEVELS = 1 << 16
 _SMALL = 1 << 16
 """Elements of input and output together up to which calls cost more than what they compute (measured on a CPU)."""
+_AS_IT_IS = nullcontext()
 _THIN = 16
 """A projection of the input is kept for backward where it is so many times smaller than the input."""
 
@@ -279,7 +282,7 @@ class OperatorLinear(torch.autograd.Function):
         wanted = [t for t, need in zip(held, need_parts, strict=True) if need]
         with torch.enable_grad():
             acting = _filled(ctx.op, iter(held)).to(x.dtype)
-        if not before and _summed(acting, x, dropout is not None):
+        if not before and _denser(acting, x) and _summed(acting, x, dropout is not None):
             grad_x = grad @ acting.onto(weight.to(x.dtype)) if needs[3] else None
             found = ()
             if wanted:
@@ -299,9 +302,9 @@ class OperatorLinear(torch.autograd.Function):
 
 
 def _summed(op: Operator, x: Tensor, dropped: bool) -> bool:
-    """Whether W + op runs as one matrix: where op is dense anyway, and the sum is not rounded to 16 bits (or is, by
+    """Whether W + op runs as one matrix where op is dense anyway: if the sum is not rounded to 16 bits (or is, by
     definition of the method)."""
-    return not dropped and (x.element_size() >= 4 or op.rounds) and _denser(op, x)
+    return not dropped and (x.element_size() >= 4 or op.rounds)
 
 
 def _pull(
@@ -344,22 +347,26 @@ def _act(op: Operator, x: Tensor) -> Tensor:
 
 def _denser(op: Operator, x: Tensor) -> bool:
     """Whether a step with the dense form costs less: built twice and differentiated, but no part of it run twice."""
-    tokens, build = x.shape[0], op.flops_dense(0)
     if type(op).apply is Operator.apply:
+        return True
+    tokens, build = x.shape[0], op.flops_dense(0)
+    if op.brief and math.prod(op.shape) <= _SMALL and tokens * sum(op.shape) <= _SMALL:
         return True
     return 4 * op.flops(tokens) > 3 * op.flops_dense(tokens) + build
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """The tensors that an operator is made of, in a fixed order."""
+    if isinstance(value, Tensor):
+        return [value]
     if isinstance(value, Operator):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Tensor):
-        yield value
+        value = [getattr(value, name) for name in _fields(type(value))]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+@cache
+def _fields(cls: type[Operator]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
 
 
 def _shell(value: Any) -> Any:
@@ -383,7 +390,7 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if not isinstance(value, Operator):
         return value
     made = object.__new__(type(value))  # not through __init__, which checks the shapes of what is not there
-    made.__dict__.update({f.name: _mapped(getattr(value, f.name), change) for f in fields(value)})
+    made.__dict__.update({name: _mapped(getattr(value, name), change) for name in _fields(type(value))})
     return made
 
 
@@ -397,7 +404,7 @@ def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Te
         weight: W (out, in), with whatever is merged.
         bias: b (out,), or None.
     """
-    update = updates[0] if len(updates) == 1 else _together(updates)
+    update: Any = updates[0] if len(updates) == 1 else _together(updates)
     add = update.inner if isinstance(update, Magnitude) else update
     # Subclasses run in their own way.
     if type(add) not in (Add, Before) or not x.is_floating_point() or not x.numel() or weight.requires_grad:
@@ -409,25 +416,24 @@ def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Te
     dtype = _dtype(x, weight, autocast)
     if dtype is None:
         return None
-    op = add.op
+    op, dropout = add.op, add.dropout
     thin = type(op) is LowRank and type(add) is Add and op.groups == 1 and not isinstance(op.scale, Tensor)
-    parts = (op.down, op.up) if thin else tuple(_tensors(op))
-    if not (add.dropout is None or type(add.dropout) is nn.Dropout) or not _plain(x, weight, bias, *parts):
+    parts = [op.down, op.up] if thin else _tensors(op)
+    if not (dropout is None or type(dropout) is nn.Dropout) or not _plain(x, weight, bias, *parts):
         return None
     if update is not add and (not thin or weight.data_ptr() != base.weight.data_ptr()):
         return None  # magnitudes are those of the frozen weight, whatever is merged into this one
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        shift = getattr(add, "shift", None)
+    with torch.autocast(device, enabled=False) if autocast else _AS_IT_IS:
+        shift = add.shift if type(add) is Add else None
         if shift is not None:
             bias = shift.to(dtype) if bias is None else bias + shift.to(bias.dtype)
         flat = x if x.dtype == dtype else x.to(dtype)
         if flat.dim() != 2:
             flat = flat.reshape(-1, x.shape[-1])
-        gain = None if update is add else update.gain(base)
         if thin:
-            y = _low_rank(flat, weight, bias, op, add.dropout, gain)
+            y = _low_rank(flat, weight, bias, op, dropout, None if update is add else update.gain(base))
         else:
-            y = _operator(flat, weight, bias, op, type(add) is Before, add.dropout, parts)
+            y = _operator(flat, weight, bias, op, type(add) is Before, dropout, parts)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -463,7 +469,7 @@ def _operator(
     op: Operator,
     before: bool,
     dropout: nn.Dropout | None,
-    parts: tuple[Tensor, ...],
+    parts: list[Tensor],
 ) -> Tensor:
     """Any other update by an operator, on x (n, in)."""
     small = _small(x, weight)
@@ -472,8 +478,10 @@ def _operator(
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = x if dropout is None else dropout(x)
     dtypes = {part.dtype for part in parts if part.is_floating_point()}  # several, where methods compute under autocast
-    if not small or len(dtypes) > 1 or x.dtype in dtypes:
+    if not small or len(dtypes) > 1:
         return _run(op.to(x.dtype), before, x, seen, weight, bias, dropout is not None)
+    if x.dtype in dtypes:
+        return _run(op, before, x, seen, weight, bias, dropout is not None)
     changed = _act(op, seen.to(dtypes.pop()))
     if before:
         return _linear(changed.to(x.dtype), weight, bias)
@@ -486,10 +494,11 @@ def _run(
     """x Wᵀ + b + op seen, or W op seen + b; all of one dtype, `dropped` if x and `seen` are not the same."""
     if before:
         return _linear(_act(op, seen), weight, bias)
+    if not _denser(op, x):
+        return _linear(x, weight, bias).add_(op.apply(seen))
     if _summed(op, x, dropped):
         return _linear(x, op.onto(weight), bias)
-    y = _linear(x, weight, bias)
-    return y.addmm_(seen, op.dense().mT) if _denser(op, x) else y.add_(op.apply(seen))
+    return _linear(x, weight, bias).addmm_(seen, op.dense().mT)
 
 
 def _small(x: Tensor, weight: Tensor) -> bool:
@@ -558,7 +567,7 @@ def mixed(held: Stack, route: Route, x: Tensor, weight: Tensor, bias: Tensor | N
     """
     samples, out = x.shape[0], weight.shape[0]
     flat = x.to(held.down.dtype).reshape(samples, -1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
+    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else _AS_IT_IS:
         y, seen = _linear(flat, weight, bias), F.dropout(flat, held.rate) if held.rate else flat
         tokens = flat.shape[1]
         order, back = route.groups(samples, x.device)
@@ -589,16 +598,14 @@ def _dtype(x: Tensor, weight: Tensor, autocast: bool) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
 
 
-def can_fuse(module: nn.Module, *leaves: Any) -> bool:
+def can_fuse(module: nn.Module, *leaves: nn.Module) -> bool:
     """Whether nothing watches these modules being called, so that they may be computed past."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if forward_ad._current_level >= 0 or nn.modules.module._has_any_global_hook():
         return False
     for item in (module, *leaves):
-        if isinstance(item, nn.Module) and (
-            item._forward_hooks or item._forward_pre_hooks or item._backward_hooks or item._backward_pre_hooks
-        ):
+        if item._forward_hooks or item._forward_pre_hooks or item._backward_hooks or item._backward_pre_hooks:
             return False
     return True
 

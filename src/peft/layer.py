@@ -85,10 +85,13 @@ class AdaptedLayer(AdapterHolder):
 
     def updates(self, names: Iterable[str], running: bool = False) -> list[Update]:
         """The updates that these adapters are, with their dropout if they are `running`."""
+        return self._updates(names, self.frozen, running)
+
+    def _updates(self, names: Iterable[str], frozen: Host, running: bool) -> list[Update]:
         if self._waiting:
             self._derive_late()
-        host = self.frozen
-        return [self._update(n, host, running) for n in names]
+            frozen = self.frozen
+        return [self._update(n, frozen, running) for n in names]
 
     def _update(self, name: str, host: Host, running: bool) -> Update:
         method, leader = method_of(self._adapters[name]), self._leaders.get(name)
@@ -175,12 +178,12 @@ class AdaptedLayer(AdapterHolder):
                     yield parameter
 
     def _forward(self, names: tuple[str, ...], x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        on_merged, names = self._split(names)
-        host = self.host
+        host, merged = self.host, self.merged_adapters
+        on_merged, names = self._split(names) if merged else (True, names)
         if not names and on_merged and not host.always_acts:
             return self.base_layer(x, *args, **kwargs)
         call = Call(self, host, args, kwargs)
-        updates = self.updates(names, running=True)
+        updates = self._updates(names, self.frozen if merged else host, True)
         plain = host.on_input and not x.is_nested and not args and not kwargs
         if plain and autograd.can_fuse(host.module, *self._leaves(names)):
             weight, bias = (host.weight(), host.bias()) if on_merged else self._frozen(host)
@@ -192,19 +195,19 @@ class AdaptedLayer(AdapterHolder):
             for update in updates:
                 weight, bias = update.weight(weight, call), update.add_bias(bias, call)
             return host.act(weight, bias, x, *args, **kwargs)
-        run = call.run_merged if on_merged and self.merged_adapters else call.run
+        run = call.run_merged if on_merged and merged else call.run
         bias = host.bias() if on_merged else call.bias
         for update in updates:
             run, bias = partial(update.forward, prev=run, bias=bias, base=call), update.add_bias(bias, call)
         return host.finish(run(x), x)
 
-    def _leaves(self, names: tuple[str, ...]) -> Iterator[nn.Module]:
-        for name in names:
-            for held in self._modules.values():
-                if isinstance(held, nn.ModuleDict):
-                    leaf = held._modules.get(name)  # type: ignore[union-attr]
-                    if leaf is not None:
-                        yield leaf
+    def _leaves(self, names: tuple[str, ...]) -> list[nn.Module]:
+        found = []
+        for held in self._modules.values():
+            if isinstance(held, nn.ModuleDict):
+                inside = held._modules
+                found += [leaf for name in names if (leaf := inside.get(name)) is not None]
+        return found
 
     # merge
 

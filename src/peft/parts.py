@@ -37,6 +37,8 @@ class Parts:
         if held is not None:
             # Where dicts of modules, of parameters and of buffers keep their values: this runs in each call.
             value = held._modules.get(adapter)
+            if value.__class__ is nn.Linear and (weight := value._parameters.get("weight")) is not None:
+                return weight
             value = held._parameters.get(adapter) if value is None else value
             value = held._buffers.get(adapter) if value is None else value
             if value is not None:

@@ -50,7 +50,8 @@ class Host:
     @property
     def raw(self) -> Tensor:
         """The stored weight, whatever its shape and dtype."""
-        return getattr(self.module, self.parameter)
+        found = self.module._parameters.get(self.parameter)  # attributes of modules are looked up slowly
+        return getattr(self.module, self.parameter) if found is None else found
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +103,8 @@ class Host:
 
     def bias(self) -> Tensor | None:
         """b (out,), or None."""
-        return getattr(self.module, self.bias_parameter, None)
+        found = self.module._parameters.get(self.bias_parameter, self)
+        return getattr(self.module, self.bias_parameter, None) if found is self else found
 
     def native(self, weight: Tensor) -> Tensor:
         """W (out, in) in the shape in which the layer stores it."""

@@ -45,6 +45,9 @@ class Operator:
     by_adjoint: ClassVar[bool] = False
     """Whether `T.apply` is a cheaper way to the gradient of the input than differentiating `apply` (FFTs)."""
 
+    brief: ClassVar[bool] = False
+    """Whether building `dense` takes fewer calls than `apply` does, which decides where all that runs is small."""
+
     rounds: ClassVar[bool] = False
     """Whether its sum with a 16-bit weight may be rounded to 16 bits on the way, as a merge would: where entries stand
     beside those of W and a product of their own would cost more than the layer."""

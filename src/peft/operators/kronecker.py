@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -81,6 +82,7 @@ class HadamardLowRank(Operator):
     up2: Tensor
     down2: Tensor
     scale: Scale = 1.0
+    brief = True
 
     def __post_init__(self) -> None:
         fits = self.up1.shape[1] == self.down1.shape[0] and self.up2.shape[1] == self.down2.shape[0]
@@ -108,7 +110,8 @@ class HadamardLowRank(Operator):
         return F.linear(F.linear(x, down), up)
 
     def dense(self) -> Tensor:
-        return scaled(self.up1 @ self.down1, self.scale) * (self.up2 @ self.down2)
+        first, second = self.up1 @ scaled(self.down1, self.scale), self.up2 @ self.down2
+        return first * second if torch.is_grad_enabled() else first.mul_(second)
 
     def columns(self, index: Tensor) -> Tensor:
         first = F.linear(F.embedding(index, self.down1.mT), self.up1)

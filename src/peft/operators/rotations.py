@@ -40,11 +40,13 @@ def neumann(q: Tensor, terms: int = 5) -> Tensor:
     Close to the Cayley transform of -Q where Q is small; it needs no linear solve.
     """
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    total, power = eye + (q if terms == 2 else 2 * q), q
-    for k in range(2, terms):
-        power = power @ q
-        total = total + (power if k == terms - 1 else 2 * power)
-    return total
+    if terms <= 2:
+        return eye + (q if terms == 2 else 2 * q)
+    # By Horner's rule: I + 2Q (I + Q (... (I + Q / 2))).
+    inner = torch.add(eye, q, alpha=0.5)
+    for _ in range(terms - 3):
+        inner = eye + q @ inner
+    return torch.add(eye, q @ inner, alpha=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class _SkewRotation(Operator):
     packed: Tensor
     size: int
     count: int
+    brief = True
 
     def __post_init__(self) -> None:
         fits = self.packed.shape[0] in (1, self.count) and self.packed.shape[1] == self.size * (self.size - 1) // 2

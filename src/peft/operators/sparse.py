@@ -110,6 +110,7 @@ class Fourier(Operator):
     inner: int
     scale: Scale = 1.0
     by_adjoint = True
+    brief = True
 
     def __post_init__(self) -> None:
         expect(self.index.shape[-1] == self.values.shape[0], self, "index (2, k) or (k,) and values (k,) share k")
