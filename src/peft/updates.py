@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from peft.operators import Diagonal, LowRank, Operator
+from peft.operators import Diagonal, HadamardLowRank, LowRank, Operator
 
 Run = Callable[[Tensor], Tensor]
 
@@ -147,7 +147,8 @@ class Add(Update):
         return Add(self.op.T)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
-        return base.plus(weight, self.op.dense())
+        delta = self.op.dense()
+        return delta.add_(weight) if _is_ours(delta, weight, self.op) else base.plus(weight, delta)
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
         return _sum(bias, self.shift)
@@ -290,14 +291,22 @@ class Magnitude(Update):
         return base.shift(y, self.inner.shift)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
-        gain = self.gain(base)[:, None]
-        delta = gain * self.inner.op.dense()
-        if delta.shape == base.weight.shape:
-            return base.plus(weight, delta.addcmul(gain - 1, base.weight))
-        return base.plus(base.plus(weight, (gain - 1) * base.weight), delta)
+        gain, op = self.gain(base)[:, None], self.inner.op
+        delta = op.dense()
+        if delta.shape != base.weight.shape:
+            return base.plus(base.plus(weight, (gain - 1) * base.weight), gain * delta)
+        if _is_ours(delta, weight, op):
+            return delta.mul_(gain).addcmul_(gain - 1, base.weight).add_(weight)
+        return base.plus(weight, (gain * delta).addcmul(gain - 1, base.weight))
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
         return self.inner.add_bias(bias, base)
+
+
+def _is_ours(delta: Tensor, weight: Tensor, op: Operator) -> bool:
+    """Whether the sum of both may be written over `delta`, which `op` has made: fresh memory costs as much as a sum."""
+    alike = delta.dtype == weight.dtype and delta.shape == weight.shape and delta.stride() == weight.stride()
+    return alike and isinstance(op, (LowRank, HadamardLowRank)) and not torch.is_grad_enabled()
 
 
 def row_norms(op: Operator, base: Base) -> Tensor:
