@@ -273,6 +273,10 @@ def _replace(folder: Path, contents: Mapping[str, bytes | str | Writable], remov
     _recover(folder)
     if any(_is_weights(name) for name in contents):
         remove |= set(filter(_is_weights, os.listdir(folder))) - contents.keys()
+    names = list(contents)
+    contents = {name: content for name, content in contents.items() if not _same(folder / name, content)}
+    if not contents and not any(os.path.lexists(folder / name) for name in remove):
+        return {name: os.path.getsize(folder / name) for name in names}
     stage, journal = folder / (_STAGE + os.urandom(8).hex()), folder / _JOURNAL
     try:
         sizes = _fill(stage, folder, contents, remove)
@@ -295,7 +299,7 @@ def _replace(folder: Path, contents: Mapping[str, bytes | str | Writable], remov
                 "puts them in place."
             ) from error
         raise
-    return sizes
+    return {name: sizes[name] if name in sizes else os.path.getsize(folder / name) for name in names}
 
 
 def _is_weights(name: str) -> bool:
@@ -305,17 +309,13 @@ def _is_weights(name: str) -> bool:
 def _fill(
     stage: Path, folder: Path, contents: Mapping[str, bytes | str | Writable], remove: set[str]
 ) -> dict[str, int]:
-    """Write what is new, link what is old, and leave out what does not change.
+    """Write what is new, and link what is old.
 
     `forth` and `back` hold second links, to be moved into the folder: after the commit nothing needs space any more.
     """
     for path in (stage, *(stage / part for part in ("new", "old", "forth", "back"))):
         os.mkdir(path)
-    sizes = {}
-    for name, content in contents.items():
-        sizes[name] = _write(stage / "new" / name, content)
-        if _same(stage / "new" / name, folder / name):
-            os.unlink(stage / "new" / name)
+    sizes = {name: _write(stage / "new" / name, content) for name, content in contents.items()}
     for name in os.listdir(stage / "new"):
         _duplicate(stage / "new" / name, stage / "forth" / name)
     for name in {*os.listdir(stage / "new"), *remove}:
@@ -383,11 +383,12 @@ def _write(path: Path, content: bytes | str | Writable) -> int:
         return os.fstat(file.fileno()).st_size
 
 
-def _same(new: Path, old: Path) -> bool:
-    """Whether a small file changes nothing. Weights are not compared: they are large, and they do change."""
-    if not _is_file(old) or os.path.islink(old) or new.name in WEIGHT_NAMES:
+def _same(path: Path, content: bytes | str | Writable) -> bool:
+    """Whether a file holds this text already. Weights are not compared: they are large, and they do change."""
+    if not isinstance(content, (bytes, str)) or path.name in WEIGHT_NAMES or path.is_symlink() or not _is_file(path):
         return False
-    return os.path.getsize(old) == os.path.getsize(new) and old.read_bytes() == new.read_bytes()
+    data = content.encode() if isinstance(content, str) else content
+    return os.path.getsize(path) == len(data) and path.read_bytes() == data
 
 
 def _duplicate(source: Path, target: Path) -> None:

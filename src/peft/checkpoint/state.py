@@ -103,8 +103,7 @@ def _resized(model: nn.Module, config: PeftConfig) -> bool:
     base = whole.base_of(model)
     name = config.base_model_name_or_path or getattr(getattr(base, "config", None), "_name_or_path", None)
     place = os.path.join(os.path.expanduser(name), "config.json") if isinstance(name, str) and name else ""
-    embedding = inject.input_embedding_name(base)
-    if not os.path.isfile(place) or embedding is None:
+    if not os.path.isfile(place) or (embedding := inject.input_embedding_name(base)) is None:
         return False
     saved = files.read_config(place)
     nested = saved.get("text_config")
