@@ -477,7 +477,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             method = method_of(self._adapters[adapter]).peft_type
             raise UnsupportedError(
                 f"set_scale({adapter!r}, {scale}): {method} has no scaling to set. To run the model without the "
-                "adapter, use disable_adapter() or set_adapter(); to weaken it, merge it with a weight."
+                "adapter, use disable_adapter(), or set_adapter() with the names of the others."
             )
 
     def scale_layer(self, scale: float) -> None:
