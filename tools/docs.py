@@ -6,6 +6,7 @@ every method on every kind of layer and comparing its forward with its merged we
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -122,6 +123,9 @@ def renew(text: str) -> str:
 
 def main(arguments: list[str]) -> Any:
     """Renew the documents, or with `--check` say which are stale."""
+    parser = argparse.ArgumentParser(description=f"Regenerates the generated parts of {' and '.join(DOCUMENTS)}.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is not current")
+    check = parser.parse_args(arguments).check
     stale = []
     for name in DOCUMENTS:
         path = ROOT / name
@@ -129,9 +133,9 @@ def main(arguments: list[str]) -> Any:
         after = renew(before)
         if before != after:
             stale.append(name)
-            if "--check" not in arguments:
+            if not check:
                 path.write_text(after, encoding="utf-8")
-    if "--check" in arguments and stale:
+    if check and stale:
         return f"Out of date: {', '.join(stale)}. Run `make docs` and commit the result."
     print(f"renewed: {', '.join(stale)}" if stale else "all current")
     return 0

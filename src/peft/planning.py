@@ -49,7 +49,7 @@ class PlanReport:
             f"{len(self.modules) + len(self.parameters)} layers, {self.trainable:,} of {self.total:,} parameters "
             f"({share:.4f} %)"
         ]
-        lines.append(f"{self.bytes / 1e6:,.2f} MB on disk")
+        lines.append(f"{_size(self.bytes)} on disk")
         by_entry: dict[str, list[str]] = {}
         for path, entry in {**self.modules, **self.parameters}.items():
             by_entry.setdefault(entry, []).append(path)
@@ -60,6 +60,17 @@ class PlanReport:
         lines += [f"matches nothing: {name} {entries}" for name, entries in self.unmatched.items() if entries]
         lines += [f"{engine} would refuse it: {'; '.join(why)}" for engine, why in self.serving.items()]
         return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    """Bytes with the unit that suits them.
+
+    >>> _size(512), _size(5_120), _size(1_234_567)
+    ('512 B', '5.12 kB', '1.23 MB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1e3:.2f} kB" if count < 1e6 else f"{count / 1e6:,.2f} MB"
 
 
 def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> PlanReport:
@@ -81,7 +92,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
         >>> from peft import LoraConfig, plan
         >>> print(plan(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"])))
         1 layers, 14 of 29 parameters (48.2759 %)
-        0.00 MB on disk
+        240 B on disk
           0: 1 × e.g. 0
     """
     if config.is_prompt_learning:
