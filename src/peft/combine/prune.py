@@ -28,11 +28,11 @@ def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
     if keep == 0:
         return torch.zeros_like(tensor)
     size = flat.abs()
-    # a threshold moves half the memory that the indices of `topk` do; only entries on it have to be counted out
+    # a threshold moves half the memory that the indices of `topk` do; entries on it are counted out where there are several
     threshold = torch.kthvalue(size, flat.numel() - keep + 1).values
-    mask = size > threshold
-    on_it = (size == threshold).nonzero().squeeze(1)
-    mask[on_it[: keep - int(mask.sum())]] = True
+    mask = size >= threshold
+    if (surplus := int(mask.sum()) - keep) > 0:
+        mask[(size == threshold).nonzero().squeeze(1)[-surplus:]] = False
     return torch.where(mask, flat, 0).view(tensor.shape)
 
 
