@@ -36,7 +36,11 @@ class Vector(Leaf):
 
 
 class BufferDict(nn.Module):
-    """Tensors by name that move and are saved with the module, but don't train."""
+    """Tensors by name that move and are saved with the module, but don't train.
+
+    >>> BufferDict({"default": torch.zeros(2, 3)})
+    BufferDict(default: float32 (2, 3))
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None, persistent: bool = False) -> None:
         super().__init__()
@@ -70,6 +74,10 @@ class BufferDict(nn.Module):
 
     def keys(self):
         return self._buffers.keys()
+
+    def extra_repr(self) -> str:
+        held = [(name, self[name]) for name in self]
+        return "\n".join(f"{name}: {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in held)
 
 
 class AnyDict(nn.ModuleDict):
