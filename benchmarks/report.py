@@ -49,9 +49,11 @@ keep a second copy of it.
   0.5 of it, and less only where an input is shared (query, key, value; gate, up), as in a model.
 * **Float32** tensors are kept as they are, so there a layer keeps what the reference's keeps.
 * **SHiRA** adds its entries to a copy of W, in 16 bits as the reference does; its gradient takes a third product.
-* **TIES** elects signs entry by entry of ΔW and cuts the result to a rank, and the SVD of each dense layer is two thirds
-  of its time. The reference prunes and merges A and B apart, whose product is not the merge of the ΔWs; with
+* **TIES** elects signs entry by entry of ΔW and cuts the result to a rank; the SVD of each dense layer is two thirds of
+  its time. The reference prunes and merges A and B apart, whose product is not the merge of the ΔWs; with
   `reference=True` this library does that too, in no more time.
+* **Merging** puts new parameters in place of the old and keeps those, so that unmerging restores every bit; the
+  reference adds in place. The new ones are fresh memory, which is most of the time and all of its spread.
 * **Small inputs** (under 65,536 elements, input and output together) run by autograd's own nodes: there a call costs
   more than its arithmetic, and a node in Python more than the bytes it saves.
 * **Fresh memory** costs 3 µs per page of 4 KiB on this machine, so a buffer of 2 MiB that the allocator has given back

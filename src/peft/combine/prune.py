@@ -28,7 +28,7 @@ def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
     if keep == 0:
         return torch.zeros_like(tensor)
     size = flat.abs()
-    # a threshold moves half the memory that the indices of `topk` do; entries on it are counted out where there are several
+    # a threshold moves half the memory that the indices of `topk` do; where entries tie on it, the last go
     threshold = torch.kthvalue(size, flat.numel() - keep + 1).values
     mask = size >= threshold
     if (surplus := int(mask.sum()) - keep) > 0:
