@@ -325,7 +325,7 @@ def _pull(
             back = op.T.apply(grad) if need_x else None
         return back, torch.autograd.grad(y, wanted, grad) if wanted else ()  # type: ignore[arg-type]
     sources = [inner, *wanted] if need_x else wanted
-    found = torch.autograd.grad(y, sources, grad) if sources else ()  # type: ignore[arg-type]
+    found: Any = torch.autograd.grad(y, sources, grad) if sources else ()  # type: ignore[arg-type]
     return (found[0], found[1:]) if need_x else (None, found)
 
 
@@ -416,7 +416,8 @@ def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Te
     dtype = _dtype(x, weight, autocast)
     if dtype is None:
         return None
-    op, dropout = add.op, add.dropout
+    op: Any = add.op
+    dropout: Any = add.dropout
     thin = type(op) is LowRank and type(add) is Add and op.groups == 1 and not isinstance(op.scale, Tensor)
     parts = [op.down, op.up] if thin else _tensors(op)
     if not (dropout is None or type(dropout) is nn.Dropout) or not _plain(x, weight, bias, *parts):
@@ -453,7 +454,7 @@ def _low_rank(
     hidden = _linear(seen if seen.dtype == dtype else seen.to(dtype), op.down) if small else _narrow(seen, op.down)
     y, up = _linear(x, weight, bias if gain is None else None), op.up if op.up.dtype == dtype else op.up.to(dtype)
     if dtype == x.dtype:
-        y.addmm_(hidden, up.mT, alpha=op.scale)
+        y.addmm_(hidden, up.mT, alpha=op.scale)  # type: ignore[arg-type]
     else:
         y.add_(F.linear(hidden, up), alpha=op.scale)  # type: ignore[arg-type]
     if gain is None:
@@ -537,7 +538,8 @@ def stack(updates: Sequence[Update | None], x: Tensor, weight: Tensor) -> Stack 
     for u in there:
         if not isinstance(u, Add) or not isinstance(u.op, LowRank) or u.op.groups != 1 or u.shift is not None:
             return None
-        rates.add(0.0 if u.dropout is None else u.dropout.p if type(u.dropout) is nn.Dropout else None)
+        dropout: Any = u.dropout
+        rates.add(0.0 if dropout is None else dropout.p if type(dropout) is nn.Dropout else None)
     if dtype is None or len(rates) > 1 or None in rates:
         return None
     ops = [None if u is None else u.op for u in updates]  # type: ignore[union-attr]

@@ -204,11 +204,12 @@ def _parts(layer: AdaptedLayer, names: tuple[str | None, ...]) -> list[Any]:
     found: list[Any] = []
     for name, held in layer._modules.items():
         if held is not None and name != "base_layer":
-            for inside in (held._modules, held._parameters, held._buffers):
-                if inside:
-                    found += map(inside.get, names)  # type: ignore[arg-type]
+            homes: Any = held._modules, held._parameters, held._buffers
+            for home in homes:
+                if home:
+                    found += map(home.get, names)
     for setting in layer.other_param_names:
-        values = layer.__dict__.get(setting)
+        values: Any = layer.__dict__.get(setting)
         if values.__class__ is dict:
             found += map(values.get, names)
     return found

@@ -352,6 +352,32 @@ def test_mixed_batches_train_each_adapter_on_its_rows():
     assert_equal(results[0], results[1], 1e-12)
 
 
+def test_mixed_batches_follow_every_change_of_an_adapter():
+    model = adapted(CONFIGS["LoRA"]())
+    model.add_adapter("wide", LoraConfig(r=5, target_modules=["lin"], init_lora_weights=False))
+    model.eval()
+    layer, x = model.get_base_model().lin, torch.randn(2, 12, dtype=torch.float64)
+    fresh = nn.Linear(12, 5, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: layer.lora_B["wide"].weight.mul_(2),
+            lambda: layer.scaling.__setitem__("wide", 0.3),
+            lambda: setattr(layer.lora_A["wide"].weight, "data", torch.randn(5, 12, dtype=torch.float64)),
+            lambda: setattr(layer.lora_A["wide"], "weight", nn.Parameter(torch.randn(5, 12, dtype=torch.float64))),
+            lambda: layer.lora_A.__setitem__("wide", fresh),
+            lambda: layer.base_layer.weight.add_(0.1),
+        ):
+            model(x, adapter_names=["default", "wide"])
+            change()
+            found = model(x, adapter_names=["default", "wide"])
+            for row, name in enumerate(("default", "wide")):
+                weight, bias = layer.effective((name,))
+                torch.testing.assert_close(
+                    found[row], nn.functional.linear(x[row], weight, bias), rtol=1e-12, atol=1e-12
+                )
+
+
 def test_norms_are_kept_in_inference_until_something_changes():
     model = adapted(CONFIGS["DoRA"]()).eval()
     layer, x = model.get_base_model().lin, torch.randn(3, 12, dtype=torch.float64)
