@@ -58,8 +58,7 @@ keep a second copy of it.
   more than its arithmetic, and a node in Python more than the bytes it saves.
 * **Mixed batches.** Rows are gathered by adapter and meet the stacked factors in two batched products. Called bare, on
   factors that are stacked and rows that are sorted already, those and the frozen layers take 1.5 times what the frozen
-  layers take (0.31 to 0.33 of the reference): 16 adapters of rank 16 have as many bytes to read as W. Finding out that
-  no adapter has changed takes most of the rest.
+  layers take (about 0.3 of the reference): 16 adapters of rank 16 have as many bytes to read as W.
 * **Fresh memory** costs 3 µs per page of 4 KiB on this machine, so a buffer of 2 MiB that the allocator has given back
   takes 1.8 ms, as much as eight thin products. It comes and goes between rounds, and is most of the spread.
 """
