@@ -147,8 +147,7 @@ class Add(Update):
         return Add(self.op.T)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
-        delta = self.op.dense()
-        return delta.add_(weight) if _is_ours(delta, weight, self.op) else base.plus(weight, delta)
+        return base.plus(weight, self.op.dense())
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
         return _sum(bias, self.shift)
