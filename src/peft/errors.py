@@ -8,6 +8,7 @@ Catch wide (`PeftError`) or narrow. Each class also inherits the builtin that ca
     │   └── UnknownOptionError (TypeError)       an option that a config does not have
     ├── TargetError (ValueError)                 a requested module or parameter that can't be adapted
     │   └── NoMatchingPeftModuleError            nothing in the model matches
+    ├── MethodError (TypeError)                  a method whose class contradicts itself; for who writes methods
     ├── UnsupportedError (NotImplementedError)   a combination that mathematics forbids
     ├── ShapeError (ValueError)                  matrices or vectors whose sizes do not fit together
     ├── AdapterNameError (KeyError, ValueError)  no adapter, or already an adapter, of that name
@@ -45,6 +46,10 @@ class TargetError(PeftError, ValueError):
 
 class NoMatchingPeftModuleError(TargetError):
     """Nothing in the model matches the targets of the config."""
+
+
+class MethodError(PeftError, TypeError):
+    """The class of a method contradicts itself, or a hook of it returns what it may not. No config can mend that."""
 
 
 class UnsupportedError(PeftError, NotImplementedError):

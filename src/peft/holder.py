@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from peft import registry, routing
-from peft.errors import AdapterNameError, ConfigError, PeftWarning, StateError, TargetError, UnsupportedError, nearest
+from peft.errors import (
+    AdapterNameError,
+    ConfigError,
+    MethodError,
+    PeftWarning,
+    StateError,
+    TargetError,
+    UnsupportedError,
+    nearest,
+)
 from peft.hosts import Host
 from peft.hosts.base import bare
 from peft.hosts.parameter import ParameterHost, lend
@@ -218,6 +227,9 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         """The settings of a new adapter, and its slots with their tensors by the name that holds them here."""
         try:
             settings = method.resolve(config, host, site)
+            unset = tuple(name for name in method.settings if name not in settings)
+            if unset:
+                raise MethodError(f"{method.peft_type} names settings {unset} that resolve() does not return.")
             sizes = Sizes(settings)
             sizes.update({"in": host.in_features, "out": host.out_features, "groups": host.groups, **host.layout})
             dtype = adapter_dtype(host.dtype, autocast)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from peft import autograd, registry, routing
-from peft.errors import ConfigError, PeftWarning, StateError, TargetError, UnsupportedError
+from peft.errors import ConfigError, MethodError, PeftWarning, StateError, TargetError, UnsupportedError
 from peft.holder import AdapterHolder, BaseTunerLayer
 from peft.hosts import Host, host_class, supported
 from peft.hosts.parameter import ParameterHost
@@ -96,7 +96,8 @@ class AdaptedLayer(AdapterHolder):
     def _update(self, name: str, host: Host, running: bool) -> Update:
         method, leader = method_of(self._adapters[name]), self._leaders.get(name)
         if leader is None:
-            return method.update(Parts(self, name, running=running), host)
+            update = method.update(Parts(self, name, running=running), host)
+            return update if isinstance(update, Update) else _no_update(method, update)
         update = method.update(Parts(leader, name, running=running), leader.frozen)
         return (
             update if leader.host_cls.one_hot == host.one_hot else update.transposed(Call(leader, leader.host, (), {}))
@@ -329,6 +330,11 @@ def _input_by_name(module: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     if name not in kwargs:
         raise TypeError(f"{type(module).__name__}.forward() missing 1 required positional argument: {name!r}")
     return kwargs.pop(name)
+
+
+def _no_update(method: WeightMethod, found: Any) -> NoReturn:
+    hint = ": Add(op)?" if hasattr(found, "dense") else "; is a `return` missing?" if found is None else "."
+    raise MethodError(f"`update` of {method.peft_type} must return an Update, not {type(found).__name__}{hint}")
 
 
 def _runs(update: Update, host: Host) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from peft import registry
 from peft.config import PeftType, TargetedConfig
+from peft.errors import MethodError, nearest
 from peft.hosts import Host
 from peft.slots import Slot
 from peft.updates import Update
@@ -78,12 +79,14 @@ class WeightMethod:
     """Stem of class names in the PEFT API: "Lora" gives LoraModel and LoraLayer. Default: the method's class name."""
 
     def __init_subclass__(cls, peft_type: str | None = None, config: type | None = None, **kwargs: Any) -> None:
+        """Register the method; raises `MethodError` if its declaration contradicts itself."""
         super().__init_subclass__(**kwargs)
         if peft_type is None or config is None:
             return
         cls.peft_type, cls.config = peft_type, config
         cls.class_name = cls.__dict__.get("class_name") or cls.__name__
         cls.prefix = cls.__dict__.get("prefix") or f"{peft_type.lower()}_"
+        _check_declaration(cls)
         registry.register(peft_type, config, cls())
 
     # what a method gives
@@ -180,6 +183,32 @@ class WeightMethod:
     def from_file(self, p: Parts, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
         """The inverse of `to_file` for all tensors of one layer (names without the layer's path)."""
         return tensors
+
+
+def _check_declaration(cls: type[WeightMethod]) -> None:
+    """Raise if slots, dropout and config of a method don't fit each other."""
+    if "__dataclass_fields__" not in vars(cls.config):
+        raise MethodError(
+            f"{cls.config.__name__}, the config of {cls.peft_type}, needs @dataclass: without it its own fields are "
+            "neither accepted nor saved."
+        )
+    known = [f.name for f in fields(cls.config)]
+    if cls.dropout is not None and cls.dropout not in known:
+        raise MethodError(
+            f"{cls.peft_type}: dropout = {cls.dropout!r} names no field of {cls.config.__name__}."
+            f"{nearest(cls.dropout, known)}"
+        )
+    names = [slot.name for slot in cls.slots]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise MethodError(f"{cls.peft_type} has two slots named {' and '.join(map(repr, twice))}.")
+    if cls.owns is WeightMethod.owns:
+        strange = [s.name for s in cls.slots if s.saved is not False and not s.name.startswith(cls.prefix)]
+        if strange:
+            raise MethodError(
+                f"{cls.peft_type}: files would hold {', '.join(map(repr, strange))}, which nothing finds there: names "
+                f"of slots begin with {cls.prefix!r}; rename them, or set `prefix`."
+            )
 
 
 def method_of(config: Any) -> WeightMethod:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peft.errors import nearest
 from peft.hosts import Host
 from peft.method import Site, WeightMethod, method_of
 from peft.operators import Operator
@@ -15,6 +16,24 @@ from peft.slots import tensor_of
 
 if TYPE_CHECKING:
     from peft.layer import AdaptedLayer
+
+
+class _NoPart(AttributeError):
+    """No slot, setting or bank of that name. The text is made when it is read: `Parts.has` asks often."""
+
+    def __init__(self, parts: Parts, missing: str) -> None:
+        super().__init__()
+        self.parts, self.missing = parts, missing
+
+    def __str__(self) -> str:
+        layer, adapter = self.parts.layer, self.parts.adapter
+        method = self.parts.method
+        known = [*(slot.name for slot, _ in layer.slots(adapter)), *method.settings]
+        known += [bank for bank, held in layer._banks.items() if adapter in held]  # type: ignore[operator]
+        return (
+            f"adapter {adapter!r} of {method.peft_type} has no slot, setting or bank {self.missing!r} here."
+            f"{nearest(self.missing, known)} It has: {', '.join(known)}."
+        )
 
 
 class Parts:
@@ -48,7 +67,7 @@ class Parts:
         bank: Any = layer._banks.get(name)
         if bank is not None and adapter in bank:
             return bank[adapter]
-        raise AttributeError(f"adapter {adapter!r} has no {name!r} here")
+        raise _NoPart(self, name)
 
     def has(self, name: str) -> bool:
         """Whether the adapter has this slot, setting or bank."""

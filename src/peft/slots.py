@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.errors import ConfigError
+from peft.errors import ConfigError, MethodError, nearest
 from peft.hosts import Host
 from peft.hosts.base import bare
 
@@ -162,12 +162,21 @@ class Sizes(dict):
         return value
 
     def _value(self, name: str) -> int:
-        return int(name) if name.isdigit() else self[name]
+        value = int(name) if name.isdigit() else self.get(name)
+        if value is None:
+            known = [size for size, number in self.items() if isinstance(number, int)]
+            raise MethodError(
+                f"no size {name!r}; known: {', '.join(known)};{nearest(name, known)} return it from resolve()"
+            )
+        return value
+
+
+_KINDS = ("parameter", "down", "up", "leaf", "leaves", "vector", "group", "buffer")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of an adapter.
+    """One tensor of an adapter. Raises `MethodError` for a kind or a shape that is none.
 
     Args:
         name: Name of the dict on the layer, and in files.
@@ -195,6 +204,20 @@ class Slot:
     factor: bool = False
     dtype: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise MethodError(
+                f"Slot {self.name!r}: there is no kind {self.kind!r}.{nearest(self.kind, _KINDS)} "
+                f"Kinds: {', '.join(_KINDS)}."
+            )
+        if self.kind in ("leaves", "group") and not callable(self.shape):
+            raise MethodError(f"Slot {self.name!r}: the shape of {self.kind!r} is a callable that gets the `Sizes`.")
+        if not isinstance(self.shape, str) and not callable(self.shape):
+            raise MethodError(
+                f"Slot {self.name!r}: a shape is a string of dims ('r in') or a callable that gets the `Sizes`, not "
+                f"{self.shape!r}."
+            )
+
     @property
     def derived(self) -> bool:
         """Whether it follows from the config and the base layer (`WeightMethod.derive`), so that no file holds it."""
@@ -221,7 +244,10 @@ def create(slot: Slot, host: Host, sizes: Sizes, device: torch.device, dtype: to
         return group(slot.shape(sizes), device, dtype)  # type: ignore[operator,arg-type]
     if slot.kind == "leaves":
         return nn.ModuleList(Leaf(torch.empty(s, device=device, dtype=dtype)) for s in slot.shape(sizes))  # type: ignore[operator]
-    shape = sizes.shape(slot.shape)
+    try:
+        shape = sizes.shape(slot.shape)
+    except MethodError as error:
+        raise MethodError(f"slot {slot.name} {slot.shape!r}: {error}") from None
     if math.prod(shape) > _LARGEST:
         raise ConfigError(f"{slot.name} would have {math.prod(shape):,} elements (shape {tuple(shape)})")
     if slot.kind in ("down", "up"):
