@@ -106,5 +106,6 @@ def nearest(name: str, names: Iterable[str], n: int = 1) -> str:
     >>> nearest("v_porj", ["q_proj", "v_proj"])
     " Did you mean 'v_proj'?"
     """
-    found = difflib.get_close_matches(name, list(names), n=n, cutoff=0.5)
+    plain = {other.lower(): other for other in names}
+    found = [plain[match] for match in difflib.get_close_matches(name.lower(), list(plain), n=n, cutoff=0.5)]
     return f" Did you mean {' or '.join(repr(f) for f in found)}?" if found else ""
