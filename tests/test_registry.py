@@ -51,7 +51,8 @@ assert "rowscale_s" in "".join(peft.get_peft_model_state_dict(again))
     ("file", "type_"), [("row_scale", "ROWSCALE"), ("rowscale", "ROWSCALER")], ids=["file", "type"]
 )
 def test_a_file_with_another_name_than_its_method_says_so(tmp_path, file, type_):
-    (tmp_path / f"{file}.py").write_text(SNIPPET.replace('"ROWSCALE"', f'"{type_}"'), encoding="utf-8")
+    text = SNIPPET.replace('"ROWSCALE"', f'"{type_}"').replace("rowscale_s", f"{type_.lower()}_s")
+    (tmp_path / f"{file}.py").write_text(text, encoding="utf-8")
     assert f"defines the method {type_}" in run(
         tmp_path,
         f"""
