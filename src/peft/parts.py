@@ -18,22 +18,7 @@ if TYPE_CHECKING:
     from peft.layer import AdaptedLayer
 
 
-class _NoPart(AttributeError):
-    """No slot, setting or bank of that name. The text is made when it is read: `Parts.has` asks often."""
-
-    def __init__(self, parts: Parts, missing: str) -> None:
-        super().__init__()
-        self.parts, self.missing = parts, missing
-
-    def __str__(self) -> str:
-        layer, adapter = self.parts.layer, self.parts.adapter
-        method = self.parts.method
-        known = [*(slot.name for slot, _ in layer.slots(adapter)), *method.settings]
-        known += [bank for bank, held in layer._banks.items() if adapter in held]  # type: ignore[operator]
-        return (
-            f"adapter {adapter!r} of {method.peft_type} has no slot, setting or bank {self.missing!r} here."
-            f"{nearest(self.missing, known)} It has: {', '.join(known)}."
-        )
+_NOTHING: Any = object()
 
 
 class Parts:
@@ -48,6 +33,12 @@ class Parts:
         """Whether the update is for a forward pass. Merging and conversion know no dropout and no noise."""
 
     def __getattr__(self, name: str) -> Any:
+        value = self._find(name)
+        if value is _NOTHING:
+            raise AttributeError(self._unknown(name))
+        return value
+
+    def _find(self, name: str) -> Any:
         layer, adapter = self.layer, self.adapter
         values: Any = layer.__dict__.get(name)
         if values.__class__ is dict and adapter in values:
@@ -67,15 +58,20 @@ class Parts:
         bank: Any = layer._banks.get(name)
         if bank is not None and adapter in bank:
             return bank[adapter]
-        raise _NoPart(self, name)
+        return _NOTHING
+
+    def _unknown(self, name: str) -> str:
+        method = self.method
+        known = [*(slot.name for slot, _ in self.layer.slots(self.adapter)), *method.settings]
+        known += [bank for bank, held in self.layer._banks.items() if self.adapter in held]  # type: ignore[operator]
+        return (
+            f"adapter {self.adapter!r} of {method.peft_type} has no slot, setting or bank {name!r} here."
+            f"{nearest(name, known)} It has: {', '.join(known)}."
+        )
 
     def has(self, name: str) -> bool:
         """Whether the adapter has this slot, setting or bank."""
-        try:
-            getattr(self, name)
-        except AttributeError:
-            return False
-        return True
+        return self._find(name) is not _NOTHING
 
     @property
     def config(self) -> Any:
