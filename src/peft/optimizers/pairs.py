@@ -49,4 +49,4 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
 
 
 def _tensor(held: Any) -> Tensor:
-    return held.weight if isinstance(held, nn.Module) else held
+    return getattr(held, "weight", held)
