@@ -145,7 +145,7 @@ class AdaptedLayer(AdapterHolder):
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if x is None:
-            x = _input_by_name(self.base_layer, kwargs)
+            x = _input_by_name(self.get_base_layer(), kwargs)
         rows = kwargs.pop("adapter_names", None)
         route = routing.current()
         if routing.used and self.training and rows is None and not torch.compiler.is_compiling():
@@ -324,8 +324,6 @@ class AdaptedLayer(AdapterHolder):
 
 def _input_by_name(module: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     """The layer's input out of the keywords of a call, by the name that the base layer gives it."""
-    while isinstance(module, AdaptedLayer):
-        module = module.base_layer
     name = type(module).forward.__code__.co_varnames[1]
     if name not in kwargs:
         raise TypeError(f"{type(module).__name__}.forward() missing 1 required positional argument: {name!r}")

@@ -61,6 +61,12 @@ def adapted(model: nn.Module) -> tuple[list[AdaptedLayer], list[AuxiliaryTrainin
     return every, [m for m in found if isinstance(m, AuxiliaryTrainingWrapper)]
 
 
+def _apart(every: Sequence[AdaptedLayer], besides: Sequence[AuxiliaryTrainingWrapper]) -> list[AdaptedLayer]:
+    """The layers that are not inside a wrapper, which sees to its own."""
+    tokens = {id(w.token_adapter) for w in besides if isinstance(w, TrainableTokensWrapper)}
+    return [layer for layer in every if id(layer) not in tokens]
+
+
 def _names(every: Sequence[AdaptedLayer], besides: Sequence[AuxiliaryTrainingWrapper]) -> list[str]:
     names: dict[str, None] = {}
     for layer in every:
@@ -85,14 +91,12 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     for wrapper in besides:
         if len([n for n in names if n in wrapper.names()]) > 1:
             wrapper.set_adapter(names)  # raises before anything changes
-    tokens = {id(w.token_adapter) for w in besides if isinstance(w, TrainableTokensWrapper)}
-    for layer in every:
-        if id(layer) not in tokens:
-            if layer.merged and layer.merged_adapters != names:
-                warnings.warn(
-                    "Adapters are merged; the merged ones stay in effect until unmerge().", PeftWarning, stacklevel=2
-                )
-            layer.set_adapter(names, inference_mode)
+    for layer in _apart(every, besides):
+        if layer.merged and layer.merged_adapters != names:
+            warnings.warn(
+                "Adapters are merged; the merged ones stay in effect until unmerge().", PeftWarning, stacklevel=2
+            )
+        layer.set_adapter(names, inference_mode)
     for wrapper in besides:
         wrapper.set_adapter(names, inference_mode)
     for bank in _banks(every):
@@ -115,20 +119,19 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
     Raises:
         StateError: it is merged.
     """
-    for module in (*layers(model), *wrappers(model)):
+    every, besides = adapted(model)
+    for module in (*every, *besides):
         if adapter_name in module.merged_adapters:
             raise StateError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it.")
-    active = next((m.active_adapters for m in layers(model)), [])
-    left = successors(active, adapters_in(model), adapter_name)
-    tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
-    for layer in layers(model):
-        if id(layer) not in tokens:
-            layer._forget(adapter_name)
-            if adapter_name in active:
-                layer.set_adapter(left)
-    for wrapper in wrappers(model):
+    active = next((m.active_adapters for m in every), [])
+    left = successors(active, _names(every, besides), adapter_name)
+    for layer in _apart(every, besides):
+        layer._forget(adapter_name)
+        if adapter_name in active:
+            layer.set_adapter(left)
+    for wrapper in besides:
         wrapper.delete_adapter(adapter_name, left)
-    for bank in banks(model):
+    for bank in _banks(every):
         if adapter_name in bank:
             del bank[adapter_name]
     return left
@@ -141,19 +144,18 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
         AdapterNameError: there is no such adapter, or already one of the new name.
     """
     check_name(new)
-    there = adapters_in(model)
+    every, besides = adapted(model)
+    there = _names(every, besides)
     if old not in there or new in there:
         wrong = f"no adapter {old!r}" if old not in there else f"an adapter {new!r} already"
         raise AdapterNameError(f"There is {wrong}.{nearest(old, there)} Adapters: {there}.")
-    for bank in banks(model):
+    for bank in _banks(every):
         if old in bank:
             value = bank[old]
             del bank[old]
             bank[new] = value
-    tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
-    for module in (*layers(model), *wrappers(model)):
-        if id(module) not in tokens:
-            module.rename_adapter(old, new)
+    for module in (*_apart(every, besides), *besides):
+        module.rename_adapter(old, new)
 
 
 def banks(model: nn.Module) -> list[Any]:
@@ -189,10 +191,7 @@ def train_bank(bank: Any, adapter_names: Sequence[str], requires_grad: bool) -> 
 def stand_by(model: nn.Module, adapter_name: str, active: Sequence[str]) -> None:
     """Let a new adapter wait to be chosen, in layers too where it is the only one; all others stay as they are."""
     every, besides = adapted(model)
-    tokens = {id(w.token_adapter) for w in besides if isinstance(w, TrainableTokensWrapper)}
-    for module in (*every, *besides):
-        if id(module) in tokens:
-            continue
+    for module in (*_apart(every, besides), *besides):
         if module.active_adapters == [adapter_name]:
             module.set_adapter(active)
         else:
