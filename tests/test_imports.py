@@ -28,7 +28,7 @@ RANKS = [
     ["peft.method"],
     ["peft.parts"],
     ["peft.holder"],
-    ["peft.rows"],
+    ["peft.rows", "peft.plans"],
     ["peft.layer"],
     ["peft.auxiliary"],
     ["peft.targets"],

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from peft.operators import LowRank, Operator
 from peft.routing import Route
@@ -394,48 +395,74 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return made
 
 
-def fused(updates: list[Update], base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The output of a linear layer under these updates, if there is a fused form for them; else None.
+@dataclass(frozen=True)
+class Form:
+    """Updates in the form in which a linear layer runs them; see `form`."""
 
-    Args:
-        updates: The stack.
-        base: The frozen layer.
-        x: Input (…, in).
-        weight: W (out, in), with whatever is merged.
-        bias: b (out,), or None.
-    """
+    add: Add | Before
+    magnitude: Magnitude | None
+    """The update that rescales what `add` makes, if one does."""
+    op: Any
+    dropout: nn.Dropout | None
+    thin: bool
+    """Whether it is a low-rank update in the form of LoRA's."""
+    parts: list[Tensor]
+
+    def run(self, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output of a linear layer under the updates; None where tensors are not plain, or dtypes don't fit.
+
+        Args:
+            base: The frozen layer.
+            x: Input (…, in).
+            weight: W (out, in), with whatever is merged.
+            bias: b (out,), or None.
+        """
+        if not x.is_floating_point() or not x.numel() or weight.requires_grad or not _plain(x, weight, bias):
+            return None
+        device = x.device.type
+        if device == "meta":
+            return None
+        autocast = torch.is_autocast_enabled(device)
+        dtype = _dtype(x, weight, autocast)
+        if dtype is None or (self.magnitude is not None and weight.data_ptr() != base.weight.data_ptr()):
+            return None  # magnitudes are those of the frozen weight, whatever is merged into this one
+        if autocast:
+            with torch.autocast(device, enabled=False):
+                return self._run(base, x, weight, bias, dtype)
+        return self._run(base, x, weight, bias, dtype)
+
+    def _run(self, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        add = self.add
+        before = type(add) is Before
+        if not before and (shift := add.shift) is not None:  # type: ignore[union-attr]
+            bias = shift.to(dtype) if bias is None else bias + shift.to(bias.dtype)
+        flat = x if x.dtype == dtype else x.to(dtype)
+        if flat.dim() != 2:
+            flat = flat.reshape(-1, x.shape[-1])
+        if self.thin:
+            gain = None if self.magnitude is None else self.magnitude.gain(base)
+            y = _low_rank(flat, weight, bias, self.op, self.dropout, gain)
+        else:
+            y = _operator(flat, weight, bias, self.op, before, self.dropout, self.parts)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def form(updates: list[Update]) -> Form | None:
+    """The fused form of a stack of updates, if there is one for it; else None."""
     update: Any = updates[0] if len(updates) == 1 else _together(updates)
     add = update.inner if isinstance(update, Magnitude) else update
     # Subclasses run in their own way.
-    if type(add) not in (Add, Before) or not x.is_floating_point() or not x.numel() or weight.requires_grad:
-        return None
-    device = x.device.type
-    if device == "meta":
-        return None
-    autocast = torch.is_autocast_enabled(device)
-    dtype = _dtype(x, weight, autocast)
-    if dtype is None:
+    if type(add) not in (Add, Before):
         return None
     op: Any = add.op
     dropout: Any = add.dropout
     thin = type(op) is LowRank and type(add) is Add and op.groups == 1 and not isinstance(op.scale, Tensor)
     parts = [op.down, op.up] if thin else _tensors(op)
-    if not (dropout is None or type(dropout) is nn.Dropout) or not _plain(x, weight, bias, *parts):
+    if not (dropout is None or type(dropout) is nn.Dropout) or not _plain(*parts):
         return None
-    if update is not add and (not thin or weight.data_ptr() != base.weight.data_ptr()):
-        return None  # magnitudes are those of the frozen weight, whatever is merged into this one
-    with torch.autocast(device, enabled=False) if autocast else _AS_IT_IS:
-        shift = add.shift if type(add) is Add else None
-        if shift is not None:
-            bias = shift.to(dtype) if bias is None else bias + shift.to(bias.dtype)
-        flat = x if x.dtype == dtype else x.to(dtype)
-        if flat.dim() != 2:
-            flat = flat.reshape(-1, x.shape[-1])
-        if thin:
-            y = _low_rank(flat, weight, bias, op, dropout, None if update is add else update.gain(base))
-        else:
-            y = _operator(flat, weight, bias, op, type(add) is Before, dropout, parts)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    if update is not add and not thin:
+        return None
+    return Form(add, None if update is add else update, op, dropout, thin, parts)
 
 
 def _low_rank(
@@ -600,14 +627,16 @@ def _dtype(x: Tensor, weight: Tensor, autocast: bool) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
 
 
-def can_fuse(module: nn.Module, *leaves: nn.Module) -> bool:
-    """Whether nothing watches these modules being called, so that they may be computed past."""
+def can_fuse(module: nn.Module, leaves: Sequence[nn.Module] = ()) -> bool:
+    """Whether these modules may be computed past: nothing compiles or transforms the call, or watches it."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if forward_ad._current_level >= 0 or nn.modules.module._has_any_global_hook():
+    if forward_ad._current_level >= 0 or _has_any_global_hook():
         return False
-    for item in (module, *leaves):
-        if item._forward_hooks or item._forward_pre_hooks or item._backward_hooks or item._backward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    for leaf in leaves:
+        if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
             return False
     return True
 

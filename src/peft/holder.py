@@ -190,6 +190,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         settings, made = self._create(method, config, host, site, device, autocast)
         if self._adapters:
             self._forget(name)
+            self._caches.pop("plans", None)
         self._take_on(method)
         self._adapters[name] = config
         for stored, (slot, value) in made.items():

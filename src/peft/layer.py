@@ -22,7 +22,8 @@ from peft.holder import AdapterHolder, BaseTunerLayer
 from peft.hosts import Host, host_class, supported
 from peft.hosts.parameter import ParameterHost
 from peft.method import WeightMethod, method_of
-from peft.parts import Call, Parts
+from peft.parts import UNSEEN, Call, Parts, Read
+from peft.plans import plan_of
 from peft.rows import each_row
 from peft.slots import adapter_dtype
 from peft.updates import Update
@@ -80,25 +81,31 @@ class AdaptedLayer(AdapterHolder):
             return tuple(n for n in route.names if n in self._adapters)
         if self._disable_adapters:
             return ()
-        active = tuple(n for n in self._active_adapter if n in self._adapters)
+        active = tuple([n for n in self._active_adapter if n in self._adapters])
+        if not self.merged_adapters:
+            return active
         return tuple(n for n in self.merged_adapters if n not in active) + active
 
     def updates(self, names: Iterable[str], running: bool = False) -> list[Update]:
         """The updates that these adapters are, with their dropout if they are `running`."""
         return self._updates(names, self.frozen, running)
 
-    def _updates(self, names: Iterable[str], frozen: Host, running: bool) -> list[Update]:
+    def _updates(
+        self, names: Iterable[str], frozen: Host, running: bool, reads: list[Read] | None = None
+    ) -> list[Update]:
         if self._waiting:
             self._derive_late()
             frozen = self.frozen
-        return [self._update(n, frozen, running) for n in names]
+        return [self._update(n, frozen, running, reads) for n in names]
 
-    def _update(self, name: str, host: Host, running: bool) -> Update:
+    def _update(self, name: str, host: Host, running: bool, reads: list[Read] | None) -> Update:
         method, leader = method_of(self._adapters[name]), self._leaders.get(name)
         if leader is None:
-            update = method.update(Parts(self, name, running=running), host)
+            update = method.update(Parts(self, name, running=running, reads=reads), host)
             return update if isinstance(update, Update) else _no_update(method, update)
         update = method.update(Parts(leader, name, running=running), leader.frozen)
+        if reads is not None:
+            reads.append(UNSEEN)
         return (
             update if leader.host_cls.one_hot == host.one_hot else update.transposed(Call(leader, leader.host, (), {}))
         )
@@ -146,7 +153,7 @@ class AdaptedLayer(AdapterHolder):
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if x is None:
             x = _input_by_name(self.get_base_layer(), kwargs)
-        rows = kwargs.pop("adapter_names", None)
+        rows = kwargs.pop("adapter_names", None) if kwargs else None
         route = routing.current()
         if routing.used and self.training and rows is None and not torch.compiler.is_compiling():
             self._on_the_same_route(route)
@@ -184,13 +191,17 @@ class AdaptedLayer(AdapterHolder):
         if not names and on_merged and not host.always_acts:
             return self.base_layer(x, *args, **kwargs)
         call = Call(self, host, args, kwargs)
-        updates = self._updates(names, self.frozen if merged else host, True)
-        plain = host.on_input and not x.is_nested and not args and not kwargs
-        if plain and autograd.can_fuse(host.module, *self._leaves(names)):
-            weight, bias = (host.weight(), host.bias()) if on_merged else self._frozen(host)
-            y = autograd.fused(updates, call, x, weight, bias)
-            if y is not None:
-                return y
+        if torch.compiler.is_compiling():
+            updates = self._updates(names, self.frozen if merged else host, True)
+        else:
+            plan = plan_of(self, names, host)
+            updates = plan.updates
+            plain = host.on_input and not args and not kwargs and not x.is_nested
+            if plain and autograd.can_fuse(host.module, plan.leaves) and plan.form is not None:
+                weight, bias = (host.weight(), host.bias()) if on_merged else self._frozen(host)
+                y = plan.form.run(call, x, weight, bias)
+                if y is not None:
+                    return y
         if not host.factored or x.is_nested or not all(_runs(u, host) for u in updates):
             weight, bias = (host.weight(), host.bias()) if on_merged else call.layer._frozen(host)
             for update in updates:
@@ -201,14 +212,6 @@ class AdaptedLayer(AdapterHolder):
         for update in updates:
             run, bias = partial(update.forward, prev=run, bias=bias, base=call), update.add_bias(bias, call)
         return host.finish(run(x), x)
-
-    def _leaves(self, names: tuple[str, ...]) -> list[nn.Module]:
-        found = []
-        for held in self._modules.values():
-            if isinstance(held, nn.ModuleDict):
-                inside = held._modules
-                found += [leaf for name in names if (leaf := inside.get(name)) is not None]
-        return found
 
     # merge
 

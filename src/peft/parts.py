@@ -20,17 +20,31 @@ if TYPE_CHECKING:
 
 _NOTHING: Any = object()
 
+Read = tuple[Any, Any, Any]
+"""A dict, a key and the value that was read there."""
+UNSEEN: Read = ({}, "", _NOTHING)
+"""A read that can't be looked at again."""
+
 
 class Parts:
     """One adapter on one layer, as its method sees it: slots as tensors, settings, banks, by attribute."""
 
-    def __init__(self, layer: Any, adapter: str, site: Site | None = None, running: bool = False) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        adapter: str,
+        site: Site | None = None,
+        running: bool = False,
+        reads: list[Read] | None = None,
+    ) -> None:
         self.layer: AdaptedLayer = layer
         self.adapter = adapter
         self.site = site
         """Where the adapter is being put; only while it is (`derive` and `reset`)."""
         self.running = running
         """Whether the update is for a forward pass. Merging and conversion know no dropout and no noise."""
+        self._reads = reads
+        """Where to note what is read; None: nowhere."""
 
     def __getattr__(self, name: str) -> Any:
         value = self._find(name)
@@ -39,25 +53,40 @@ class Parts:
         return value
 
     def _find(self, name: str) -> Any:
-        layer, adapter = self.layer, self.adapter
+        layer, adapter, reads = self.layer, self.adapter, self._reads
         values: Any = layer.__dict__.get(name)
         if values.__class__ is dict and adapter in values:
-            return values[adapter]
+            value = values[adapter]
+            if reads is not None:
+                reads += (layer.__dict__, name, values), (values, adapter, value)
+            return value
         held: Any = layer._modules.get(layer._stored.get(name, name))
         if held is not None:
             # Where dicts of modules, of parameters and of buffers keep their values: this runs in each call.
-            value = held._modules.get(adapter)
-            if value.__class__ is nn.Linear and (weight := value._parameters.get("weight")) is not None:
-                return weight
-            value = held._parameters.get(adapter) if value is None else value
-            value = held._buffers.get(adapter) if value is None else value
+            home = held._modules
+            value = home.get(adapter)
+            if value is None:
+                home = held._parameters
+                value = home.get(adapter)
+            if value is None:
+                home = held._buffers
+                value = home.get(adapter)
             if value is not None:
-                return tensor_of(value)
+                tensor = tensor_of(value)
+                if reads is not None:
+                    reads += _read(home, adapter, value, tensor)
+                return tensor
             if adapter in held:
+                if reads is not None:
+                    reads.append(UNSEEN)
                 return tensor_of(held[adapter])
         bank: Any = layer._banks.get(name)
         if bank is not None and adapter in bank:
-            return bank[adapter]
+            value = bank[adapter]
+            if reads is not None:
+                home = bank._parameters if adapter in bank._parameters else bank._buffers
+                reads.append((home, adapter, value) if isinstance(value, Tensor) else UNSEEN)
+            return value
         return _NOTHING
 
     def _unknown(self, name: str) -> str:
@@ -76,24 +105,32 @@ class Parts:
     @property
     def config(self) -> Any:
         """The config of the adapter."""
+        if self._reads is not None:
+            self._reads.append(UNSEEN)  # its fields can be set at any time
         return self.layer._adapters[self.adapter]
 
     @property
     def method(self) -> WeightMethod:
         """The method of the adapter."""
-        return method_of(self.config)
+        return method_of(self.layer._adapters[self.adapter])
 
     @property
     def training(self) -> bool:
         """Whether this is a forward pass in training mode."""
-        return self.running and self.layer.training
+        layer = self.layer
+        if self._reads is not None:
+            self._reads.append((layer.__dict__, "training", layer.training))
+        return self.running and layer.training
 
     @property
     def dropout(self) -> nn.Module | None:
         """The dropout to apply now: None in evaluation, when its rate is zero, and where inputs are indices."""
         layer = self.layer
         name = self.method.dropout if self.running and not layer.host_cls.one_hot else None
-        module = layer._modules[name]._modules[self.adapter] if name else None  # type: ignore[union-attr]
+        home: Any = layer._modules[name]._modules if name else {}  # type: ignore[union-attr]
+        module = home.get(self.adapter)
+        if self._reads is not None and module is not None:
+            self._reads += (home, self.adapter, module), (module.__dict__, "training", module.training)
         return module if module is not None and module.training and not isinstance(module, nn.Identity) else None
 
     def call(self, host: Host) -> Call:
@@ -102,7 +139,18 @@ class Parts:
 
     def leaf(self, name: str) -> Any:
         """The module (or parameter) that holds a slot."""
+        if self._reads is not None:
+            self._reads.append(UNSEEN)
         return self.layer._modules[self.layer._stored.get(name, name)][self.adapter]  # type: ignore[index]
+
+
+def _read(home: Any, adapter: str, value: Any, tensor: Any) -> tuple[Read, ...]:
+    """What was read for the tensor of a slot: the tensor itself, or the `weight` of a module."""
+    if value is tensor:
+        return ((home, adapter, value),) if isinstance(value, Tensor) else (UNSEEN,)
+    if value._parameters.get("weight") is not tensor:
+        return (UNSEEN,)
+    return (home, adapter, value), (value._parameters, "weight", tensor)
 
 
 class Call:

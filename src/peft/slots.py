@@ -293,9 +293,9 @@ def tensor_of(value: nn.Module | Tensor) -> Any:
 
     A group stays a dict; several leaves are a list.
     """
-    if isinstance(value, Tensor):
+    if value.__class__ is nn.Parameter or isinstance(value, Tensor):
         return value
-    if isinstance(value, nn.Linear):
+    if value.__class__ is nn.Linear or isinstance(value, nn.Linear):
         weight = value._parameters.get("weight")  # attributes of modules are looked up slowly
         return value.weight if weight is None else weight
     if isinstance(value, (nn.ParameterDict, BufferDict)):

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import peft
-from peft import LoraConfig, PeftModel, autograd, get_peft_model
+from peft import LoraConfig, PeftModel, autograd, get_peft_model, plans
 
 CONFIGS: dict[str, Any] = {
     "LoRA": lambda: LoraConfig(r=3, target_modules=["lin"]),
@@ -60,7 +60,7 @@ def step(model: nn.Module, x: Tensor, plain: bool = False, seed: int = 0, run: A
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         if plain:
-            patch.setattr(autograd, "fused", lambda *_: None)
+            patch.setattr(autograd.Form, "run", lambda *_: None)
         y = (run or model)(x)
         y.backward(torch.ones_like(y) + torch.arange(y.numel()).view(y.shape).to(y) / y.numel())
     return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
@@ -75,25 +75,25 @@ def assert_equal(found: list[Tensor | None], wanted: list[Tensor | None], tolera
             torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance * (1 + two.abs().max().item()))
 
 
-def watched(model: nn.Module) -> list[int]:
-    """How often a fused form ran, as it goes on."""
-    calls: list[int] = []
-    inner = autograd.fused
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Whether a fused form ran, for each time that one was asked for, as it goes on."""
+    calls: list[bool] = []
+    run, form = autograd.Form.run, plans.Plan.form.fget
+
+    def asked(plan: plans.Plan) -> Any:
+        found = form(plan)  # type: ignore[misc]
+        calls.extend([False] if found is None else [])
+        return found
 
     def counting(*args: Any) -> Any:
-        y = inner(*args)
+        y = run(*args)
         calls.append(y is not None)
         return y
 
-    autograd.fused = counting  # type: ignore[assignment]
+    monkeypatch.setattr(autograd.Form, "run", counting)
+    monkeypatch.setattr(plans.Plan, "form", property(asked))
     return calls
-
-
-@pytest.fixture
-def fused_calls():
-    before = autograd.fused
-    yield watched(nn.Identity())
-    autograd.fused = before
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_inference_equals_the_plain_path(name, dtype, monkeypatch):
         for limit in (0, 1 << 30):
             monkeypatch.setattr(autograd, "_SMALL", limit)
             found.append(model(x))
-        monkeypatch.setattr(autograd, "fused", lambda *_: None)
+        monkeypatch.setattr(autograd.Form, "run", lambda *_: None)
         wanted = model(x)
     assert_equal(found, [wanted, wanted], tolerance)
 
@@ -178,7 +178,7 @@ def test_can_be_differentiated_twice(name):
         x = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
         with pytest.MonkeyPatch.context() as patch:
             if plain:
-                patch.setattr(autograd, "fused", lambda *_: None)
+                patch.setattr(autograd.Form, "run", lambda *_: None)
             (first,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
             model.zero_grad()
             first.square().sum().backward()
