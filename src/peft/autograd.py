@@ -627,18 +627,15 @@ def _dtype(x: Tensor, weight: Tensor, autocast: bool) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
 
 
-def can_fuse(module: nn.Module, leaves: Sequence[nn.Module] = ()) -> bool:
-    """Whether these modules may be computed past: nothing compiles or transforms the call, or watches it."""
+def can_fuse(module: nn.Module) -> bool:
+    """Whether a base layer may be computed past: nothing compiles or transforms its call, or watches it."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if forward_ad._current_level >= 0 or _has_any_global_hook():
         return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    for leaf in leaves:
-        if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
-            return False
-    return True
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _plain(*tensors: Tensor | None) -> bool:

@@ -197,7 +197,7 @@ class AdaptedLayer(AdapterHolder):
             plan = plan_of(self, names, host)
             updates = plan.updates
             plain = host.on_input and not args and not kwargs and not x.is_nested
-            if plain and autograd.can_fuse(host.module, plan.leaves) and plan.form is not None:
+            if plain and autograd.can_fuse(host.module) and plan.form is not None:
                 weight, bias = (host.weight(), host.bias()) if on_merged else self._frozen(host)
                 y = plan.form.run(call, x, weight, bias)
                 if y is not None:

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from peft import autograd
 from peft.hosts import Host
 from peft.operators import Operator
@@ -29,12 +27,10 @@ class Plan:
 
     Args:
         updates: Them.
-        leaves: The modules that hold their tensors: hooks there want to be called.
         reads: What they were read from.
     """
 
     updates: list[Update]
-    leaves: list[nn.Module]
     reads: list[Read]
     _form: Any = ...
 
@@ -58,11 +54,11 @@ def plan_of(layer: AdaptedLayer, names: tuple[str, ...], host: Host) -> Plan:
     plans: dict[tuple[str, ...], Plan | None] = layer._caches.setdefault("plans", {})
     kept = plans.get(names, ...)
     if kept is None or layer.merged_adapters or layer._waiting:
-        return Plan(layer._updates(names, layer.frozen, True), _leaves(layer, names), [])
+        return Plan(layer._updates(names, layer.frozen, True), [])
     if kept is not ... and kept.stands():
         return kept
     reads: list[Read] = []
-    made = Plan(layer._updates(names, host, True, reads), _leaves(layer, names), reads)
+    made = Plan(layer._updates(names, host, True, reads), reads)
     plans[names] = made if _only_read(made) else None
     return made
 
@@ -80,12 +76,3 @@ def _read(value: Any, read: set[int], default: Any = ...) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_read(item, read) for item in value)
     return id(value) in read or value is default or type(value) in (bool, int)
-
-
-def _leaves(layer: AdaptedLayer, names: tuple[str, ...]) -> list[nn.Module]:
-    found = []
-    for held in layer._modules.values():
-        if isinstance(held, nn.ModuleDict):
-            inside = held._modules
-            found += [leaf for name in names if (leaf := inside.get(name)) is not None]
-    return found

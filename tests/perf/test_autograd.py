@@ -289,7 +289,7 @@ def test_projections_of_one_input_share_what_they_keep():
 # where the plain path must run
 
 
-def test_hooks_on_the_factors_are_called():
+def test_hooks_on_the_base_layer_are_called():
     model = adapted(CONFIGS["LoRA"]())
     called = []
     model.get_base_model().lin.base_layer.register_forward_hook(lambda *_: called.append(1))
