@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from peft.operators import LowRank, Operator
+from peft.operators.base import made_of
 from peft.routing import Route
-from peft.updates import Add, Base, Before, Magnitude, Update
+from peft.updates import Add, After, Base, Before, Magnitude, Shift, Update
 
 _PLAIN = (Tensor, nn.Parameter)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -361,13 +361,8 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Operator):
-        value = [getattr(value, name) for name in _fields(type(value))]
+        value = [getattr(value, name) for name in value.__match_args__]
     return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
-
-
-@cache
-def _fields(cls: type[Operator]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cls))
 
 
 def _shell(value: Any) -> Any:
@@ -390,18 +385,16 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         return tuple(_mapped(item, change) for item in value)
     if not isinstance(value, Operator):
         return value
-    made = object.__new__(type(value))  # not through __init__, which checks the shapes of what is not there
-    made.__dict__.update({name: _mapped(getattr(value, name), change) for name in _fields(type(value))})
-    return made
+    return made_of(type(value), {name: _mapped(getattr(value, name), change) for name in value.__match_args__})
 
 
 @dataclass(frozen=True)
 class Form:
-    """Updates in the form in which a linear layer runs them; see `form`."""
+    """An update in the form in which a linear layer runs it; see `form`."""
 
-    add: Add | Before
-    magnitude: Magnitude | None
-    """The update that rescales what `add` makes, if one does."""
+    update: Any
+    add: Any
+    """The update itself, or the one whose result it rescales."""
     op: Any
     dropout: nn.Dropout | None
     thin: bool
@@ -409,7 +402,7 @@ class Form:
     parts: list[Tensor]
 
     def run(self, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The output of a linear layer under the updates; None where tensors are not plain, or dtypes don't fit.
+        """The output of a linear layer under the update; None where tensors are not plain, or dtypes don't fit.
 
         Args:
             base: The frozen layer.
@@ -424,45 +417,46 @@ class Form:
             return None
         autocast = torch.is_autocast_enabled(device)
         dtype = _dtype(x, weight, autocast)
-        if dtype is None or (self.magnitude is not None and weight.data_ptr() != base.weight.data_ptr()):
+        if dtype is None or (self.update is not self.add and weight.data_ptr() != base.weight.data_ptr()):
             return None  # magnitudes are those of the frozen weight, whatever is merged into this one
-        if autocast:
-            with torch.autocast(device, enabled=False):
-                return self._run(base, x, weight, bias, dtype)
-        return self._run(base, x, weight, bias, dtype)
-
-    def _run(self, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        add = self.add
-        before = type(add) is Before
-        if not before and (shift := add.shift) is not None:  # type: ignore[union-attr]
-            bias = shift.to(dtype) if bias is None else bias + shift.to(bias.dtype)
-        flat = x if x.dtype == dtype else x.to(dtype)
-        if flat.dim() != 2:
-            flat = flat.reshape(-1, x.shape[-1])
-        if self.thin:
-            gain = None if self.magnitude is None else self.magnitude.gain(base)
-            y = _low_rank(flat, weight, bias, self.op, self.dropout, gain)
-        else:
-            y = _operator(flat, weight, bias, self.op, before, self.dropout, self.parts)
+        with torch.autocast(device, enabled=False) if autocast else _AS_IT_IS:
+            flat = x if x.dtype == dtype else x.to(dtype)
+            if flat.dim() != 2:
+                flat = flat.reshape(-1, x.shape[-1])
+            y = self._run(base, flat, weight, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+    def _run(self, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        add, kind = self.add, type(self.add)
+        if kind is After:
+            y = self.op.to(x.dtype).apply(_linear(x, weight, None if add.keep_bias else bias))
+            return y + bias.to(y.dtype) if add.keep_bias and bias is not None else y
+        shift = add.vector if kind is Shift else add.shift if kind is Add else None
+        if shift is not None:
+            bias = shift.to(x.dtype) if bias is None else bias + shift.to(bias.dtype)
+        if kind is Shift:
+            return _linear(x, weight, bias)
+        if self.thin:
+            return _low_rank(
+                x, weight, bias, self.op, self.dropout, None if self.update is add else self.update.gain(base)
+            )
+        return _operator(x, weight, bias, self.op, kind is Before, self.dropout, self.parts)
 
 
 def form(updates: list[Update]) -> Form | None:
     """The fused form of a stack of updates, if there is one for it; else None."""
     update: Any = updates[0] if len(updates) == 1 else _together(updates)
     add = update.inner if isinstance(update, Magnitude) else update
-    # Subclasses run in their own way.
-    if type(add) not in (Add, Before):
+    kind = type(add)
+    if kind not in (Add, Before, After, Shift):  # subclasses run in their own way
         return None
-    op: Any = add.op
-    dropout: Any = add.dropout
-    thin = type(op) is LowRank and type(add) is Add and op.groups == 1 and not isinstance(op.scale, Tensor)
-    parts = [op.down, op.up] if thin else _tensors(op)
-    if not (dropout is None or type(dropout) is nn.Dropout) or not _plain(*parts):
+    op: Any = None if kind is Shift else add.op
+    dropout: Any = add.dropout if kind in (Add, Before) else None
+    thin = type(op) is LowRank and kind is Add and op.groups == 1 and not isinstance(op.scale, Tensor)
+    parts = [op.down, op.up] if thin else [add.vector] if kind is Shift else _tensors(op)
+    if not (dropout is None or type(dropout) is nn.Dropout) or not _plain(*parts) or (update is not add and not thin):
         return None
-    if update is not add and not thin:
-        return None
-    return Form(add, None if update is add else update, op, dropout, thin, parts)
+    return Form(update, add, op, dropout, thin, parts)
 
 
 def _low_rank(

@@ -15,7 +15,7 @@ from peft import autograd
 from peft.hosts import Host
 from peft.operators import Operator
 from peft.parts import Read
-from peft.updates import Add, After, Before, Magnitude, Update
+from peft.updates import Add, After, Before, Magnitude, Shift, Update
 
 if TYPE_CHECKING:
     from peft.layer import AdaptedLayer
@@ -66,7 +66,9 @@ def plan_of(layer: AdaptedLayer, names: tuple[str, ...], host: Host) -> Plan:
 def _only_read(made: Plan) -> bool:
     """Whether a plan holds nothing that was computed, so that it stands as long as what was read does."""
     read = {id(value) for _, _, value in made.reads}
-    return made.stands() and all(type(u) in (Add, After, Before, Magnitude) and _read(u, read) for u in made.updates)
+    return made.stands() and all(
+        type(u) in (Add, After, Before, Magnitude, Shift) and _read(u, read) for u in made.updates
+    )
 
 
 def _read(value: Any, read: set[int], default: Any = ...) -> bool:

@@ -154,6 +154,20 @@ class Add(Update):
 
 
 @dataclass(frozen=True, eq=False)
+class Shift(Update):
+    """b + vector."""
+
+    vector: Tensor
+    relative = True
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        return base.shift(prev(x), self.vector)
+
+    def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
+        return _sum(bias, self.vector)
+
+
+@dataclass(frozen=True, eq=False)
 class Rewrite(Update):
     """W + delta(W), b + shift(W, b): any function of the frozen parameters.
 

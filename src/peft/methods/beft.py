@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import TargetedConfig
 from peft.errors import TargetError
@@ -13,7 +13,7 @@ from peft.hosts import Host
 from peft.method import Site, WeightMethod
 from peft.parts import Parts
 from peft.slots import Slot
-from peft.updates import Base, Run, Update
+from peft.updates import Shift, Update
 
 
 @dataclass
@@ -33,20 +33,6 @@ class BeftConfig(TargetedConfig):
         "layers_to_transform",
         "layers_pattern",
     }
-
-
-@dataclass(frozen=True, eq=False)
-class Shift(Update):
-    """b + vector."""
-
-    vector: Tensor
-    relative = True
-
-    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
-        return base.shift(prev(x), self.vector)
-
-    def add_bias(self, bias: Tensor | None, base: Base) -> Tensor:
-        return self.vector if bias is None else bias + self.vector.to(bias.dtype)
 
 
 class Beft(WeightMethod, peft_type="BEFT", config=BeftConfig):

@@ -54,15 +54,15 @@ class MissConfig(TargetedConfig):
 
 def _shape(sizes: Sizes) -> tuple[int, ...]:
     r = sizes.miss_r
-    if sizes.form == "bat":
+    if sizes.miss_form == "bat":
         return sizes.out // r, r, r
-    return r, sizes.miss_mini_r if sizes.form == "mini" else sizes.out
+    return r, sizes.miss_mini_r if sizes.miss_form == "mini" else sizes.out
 
 
 class Miss(WeightMethod, peft_type="MISS", config=MissConfig):
     slots = (Slot("miss_block", _shape),)
     linear = True
-    settings = ("miss_r", "miss_mini_r")
+    settings = ("miss_r", "miss_mini_r", "miss_form")
     dropout = "miss_dropout"
     samples = ({"r": 3}, {"r": 2, "mini_r": 2, "init_weights": "mini"}, {"r": 2, "init_weights": "bat"})
 
@@ -71,7 +71,7 @@ class Miss(WeightMethod, peft_type="MISS", config=MissConfig):
             must_divide("r", config.r, site.key, host.out_features, host.in_features)
         if config.init_weights == "mini":
             must_divide("mini_r", config.mini_r, site.key, host.out_features)
-        return {"miss_r": config.r, "miss_mini_r": config.mini_r, "form": config.init_weights}
+        return {"miss_r": config.r, "miss_mini_r": config.mini_r, "miss_form": config.init_weights}
 
     def reset(self, p: Parts, host: Host) -> None:
         if p.config.init_weights:
@@ -81,7 +81,7 @@ class Miss(WeightMethod, peft_type="MISS", config=MissConfig):
 
     def update(self, p: Parts, host: Host) -> Update:
         block: Tensor = p.miss_block
-        if p.config.init_weights == "bat":
+        if p.miss_form == "bat":
             return Rewrite(lambda weight: bat(weight, block), dropout=p.dropout)
         return Add(Fold(block, host.out_features, host.in_features), dropout=p.dropout)
 

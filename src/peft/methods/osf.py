@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft import patterns
@@ -14,7 +15,8 @@ from peft.config import TargetedConfig
 from peft.errors import ConfigError, PeftWarning
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
-from peft.operators import LowRank, Sum
+from peft.operators import Operator
+from peft.operators.base import gemm, unrecorded
 from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Add, Update
@@ -105,11 +107,8 @@ class OSF(WeightMethod, peft_type="OSF", config=OSFConfig):
         return {name: tensor for name, tensor in tensors.items() if tensor.numel()}  # HF PEFT keeps empty ones
 
     def update(self, p: Parts, host: Host) -> Update:
-        kept, group = p.effective_rank, p.osf_svd_params if p.has("osf_svd_params") else _rest(p)
-        up = OffSubspace.apply(group["U_low"], p.osf_U[:, :kept]) * group["S_low"]
-        down = OffSubspace.apply(group["V_low"].mT, p.osf_V[:kept].mT).mT
-        start = LowRank(p.osf_V[kept:], -p.osf_U[:, kept:] * p.osf_S[kept:])
-        return Add(Sum((LowRank(down, up), start)))
+        group = p.osf_svd_params if p.has("osf_svd_params") else _rest(p)
+        return Add(Retrained(group["U_low"], group["S_low"], group["V_low"], p.osf_U, p.osf_S, p.osf_V))
 
 
 def _rest(p: Parts) -> dict[str, Tensor]:
@@ -118,18 +117,152 @@ def _rest(p: Parts) -> dict[str, Tensor]:
     return {"U_low": p.osf_U[:, kept:], "S_low": p.osf_S[kept:], "V_low": p.osf_V[kept:]}
 
 
-class OffSubspace(torch.autograd.Function):
-    """The identity on x (n, k), whose gradient g loses its part in the span of q (n, m): g - q qᵀ g."""
+@dataclass(frozen=True, eq=False)
+class Retrained(Operator):
+    """What training the last k of n singular triplets adds to a weight: `up diag(s) down`, less what they were.
+
+    Gradients of `up` lose their part in the span of the first columns of `u`, those of `down` that in the first rows of
+    `v`. So that this is as exact in 16 bits, the tensors keep their dtype; that of the matrix is `dtype`, None for
+    theirs.
+
+    Shapes: `up` (out, k), `s` (k,), `down` (k, in); `u` (out, n), `d` (n,) and `v` (n, in).
+    """
+
+    up: Tensor
+    s: Tensor
+    down: Tensor
+    u: Tensor
+    d: Tensor
+    v: Tensor
+    dtype: torch.dtype | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def _trained(self) -> tuple[Tensor, ...]:
+        return self.up, self.s, self.down, self.u, self.v
+
+    def _start(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the trained triplets were."""
+        k, dtype = self.s.shape[0], self.dtype
+        kept = self.d.shape[0] - k
+        start = self.u.narrow(1, kept, k), self.d.narrow(0, kept, k), self.v.narrow(0, kept, k)
+        return start if dtype is None else (start[0].to(dtype), start[1].to(dtype), start[2].to(dtype))
+
+    def apply(self, x: Tensor) -> Tensor:
+        u, d, v = self._start()
+        return _run(Thin, x, *self._trained()) - F.linear(F.linear(x, v) * d, u)
+
+    def dense(self) -> Tensor:
+        u, d, v = self._start()
+        return torch.addmm(_run(Whole, *self._trained(), self.dtype or self.s.dtype), u * d, v, alpha=-1)
+
+    @property
+    def T(self) -> Retrained:
+        return Retrained(self.down.mT, self.s, self.up.mT, self.v.mT, self.d, self.u.mT, self.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        u, d, v = self._start()
+        return torch.cat(((self.up * self.s).to(u.dtype), -u * d), 1), torch.cat((self.down.to(v.dtype), v))
+
+    def flops(self, tokens: int) -> float:
+        return gemm(tokens, sum(self.shape), 2 * self.s.shape[0])
+
+    def flops_dense(self, tokens: int) -> float:
+        return gemm(*self.shape, 2 * self.s.shape[0]) + gemm(tokens, *self.shape)
+
+    def to(self, dtype: torch.dtype) -> Retrained:
+        return self if dtype == (self.dtype or self.s.dtype) else replace(self, dtype=dtype)
+
+    def like(self) -> Tensor:
+        return self.s if self.dtype is None else torch.empty(0, dtype=self.dtype, device=self.s.device)
+
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> Any:
+        with torch.no_grad():
+            back, *found = Thin.pull(x, *self._trained(), grad, need_x)
+            if need_x:
+                u, d, v = self._start()
+                back = back.addmm_(grad @ u * d, v, alpha=-1)
+        return back, (self.up, self.s, self.down), tuple(found)
+
+    def pull_dense(self, grad: Tensor) -> Any:
+        with torch.no_grad():
+            return (self.up, self.s, self.down), Whole.pull(*self._trained(), grad)
+
+
+def _run(function: Any, *inputs: Any) -> Tensor:
+    return function.forward(*inputs) if unrecorded(*inputs[:4]) else function.apply(*inputs)
+
+
+class Thin(torch.autograd.Function):
+    """x (…, in) times the transpose of `up diag(s) down`; see `Retrained` for gradients."""
 
     @staticmethod
-    def forward(x: Tensor, q: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(x: Tensor, up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        dtype = x.dtype
+        return F.linear(F.linear(x, down.to(dtype)) * s.to(dtype), up.to(dtype))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (q,) = ctx.saved_tensors
-        return grad - q @ (q.mT @ grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *triplets = ctx.saved_tensors
+        tokens, grad = x.reshape(-1, x.shape[-1]), grad.to(x.dtype).reshape(-1, grad.shape[-1])
+        back, *found = Thin.pull(tokens, *triplets, grad, ctx.needs_input_grad[0])
+        return None if back is None else back.view(x.shape), *found, None, None
+
+    @staticmethod
+    def pull(
+        x: Tensor, up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor, grad: Tensor, need_x: bool
+    ) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """Gradients of x (tokens, in), `up`, `s` and `down`, given that of the result (tokens, out)."""
+        scale, wide, kept = s.to(x.dtype), up.dtype, u.shape[1] - s.shape[0]
+        u, v = u[:, :kept], v[:kept]
+        left, right = grad @ up.to(x.dtype), F.linear(x, down.to(x.dtype))
+        grad_s = (left * right).sum(0, dtype=wide)
+        left, right = left * scale, right * scale
+        back = left @ down.to(x.dtype) if need_x else None
+        if 2 * len(x) <= len(s):  # so few that projecting them takes less than projecting the sums of their products
+            grad, x = grad.to(wide), x.to(wide)
+            grad, x = _off_rows(grad, u.mT), _off_rows(x, v)
+            return back, grad.mT @ right.to(wide), grad_s, left.to(wide).mT @ x
+        return back, _off_columns((grad.mT @ right).to(wide), u), grad_s, _off_rows((left.mT @ x).to(wide), v)
+
+
+class Whole(torch.autograd.Function):
+    """`up diag(s) down` (out, in) in a dtype; see `Retrained` for gradients."""
+
+    @staticmethod
+    def forward(up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+        return (up * s).to(dtype) @ down.to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *Whole.pull(*ctx.saved_tensors, grad), None, None, None
+
+    @staticmethod
+    def pull(
+        up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of `up`, `s` and `down`, given that of the result (out, in)."""
+        kept = u.shape[1] - s.shape[0]
+        left = (grad @ down.to(grad.dtype).mT).to(up.dtype)
+        right = ((up * s).to(grad.dtype).mT @ grad).to(up.dtype)
+        return _off_columns(left * s, u[:, :kept]), (up * left).sum(0), _off_rows(right, v[:kept])
+
+
+def _off_columns(grad: Tensor, u: Tensor) -> Tensor:
+    """What of grad (out, k) is at right angles to the columns of u (out, m)."""
+    return torch.addmm(grad, u, u.mT @ grad, alpha=-1)
+
+
+def _off_rows(grad: Tensor, v: Tensor) -> Tensor:
+    """What of grad (k, in) is at right angles to the rows of v (m, in)."""
+    return torch.addmm(grad, grad @ v.mT, v, alpha=-1)

@@ -10,7 +10,7 @@ The contract comes in three grades:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -123,7 +123,7 @@ class Operator:
         """The operator with its floating point tensors in `dtype`; itself when they already are."""
         if not _differs(self, dtype):
             return self
-        return replace(self, **{field.name: _cast(getattr(self, field.name), dtype) for field in fields(self)})
+        return made_of(type(self), {name: _cast(getattr(self, name), dtype) for name in self.__match_args__})
 
     def like(self) -> Tensor:
         """A tensor with the dtype and device of the matrix."""
@@ -137,13 +137,22 @@ class Operator:
         raise NotImplementedError(f"{type(self).__name__} holds no tensor, so it has to say its `like`.")
 
 
+def made_of(cls: type[Op], values: dict[str, Any]) -> Op:
+    """An operator with these fields, whose shapes are not checked: they are those of one that was."""
+    if torch.compiler.is_compiling():
+        return cls(**values)
+    made = object.__new__(cls)
+    made.__dict__.update(values)
+    return made
+
+
 def _differs(value: Any, dtype: torch.dtype) -> bool:
-    if isinstance(value, Operator):
-        return any(_differs(getattr(value, field.name), dtype) for field in fields(value))
-    if isinstance(value, tuple):
-        return any(_differs(item, dtype) for item in value)
     if isinstance(value, Tensor):
-        return value.is_floating_point() and value.dtype != dtype
+        return value.dtype != dtype and value.is_floating_point()
+    if isinstance(value, Operator):
+        value = [getattr(value, name) for name in value.__match_args__]
+    if isinstance(value, (tuple, list)):
+        return any(_differs(item, dtype) for item in value)
     return isinstance(value, torch.dtype) and value != dtype
 
 
