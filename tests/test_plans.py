@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft import LoraConfig, PeftModel, get_peft_model, registry
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, registry
 from peft.layer import AdaptedLayer
 from peft.method import WeightMethod
 from peft.testing import samples, train
@@ -48,7 +48,9 @@ def forgetful(model: PeftModel, x: Tensor) -> Tensor:
 
 
 def kept(layer: AdaptedLayer) -> bool:
-    return any(plan is not None and plan.stands() for plan in layer._caches.get("plans", {}).values())
+    return any(
+        plan is not None and plan.stands() for plans in layer._caches.get("plans", ()) for plan in plans.values()
+    )
 
 
 def check(model: PeftModel, change: Callable[[], Any]) -> None:
@@ -131,10 +133,22 @@ def test_lora_is_read_off_once():
     model, layer = adapted(lora())
     with torch.no_grad():
         model(torch.randn(3, 12))
-        first = layer._caches["plans"]["default",]
+        first = layer._caches["plans"][False]["default",]
         model(torch.randn(3, 12))
     assert kept(layer)
-    assert layer._caches["plans"]["default",] is first
+    assert layer._caches["plans"][False]["default",] is first
+
+
+def test_views_are_kept_without_gradients_only():
+    model, layer = adapted(IA3Config(target_modules=["lin"], feedforward_modules=[]))
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        model(x)
+    assert kept(layer)
+    for _ in range(2):
+        model(x).sum().backward()
+    assert layer._caches["plans"][True]["default",] is None
+    assert layer.ia3_l["default"].grad is not None
 
 
 def test_what_is_computed_is_not_kept():

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from peft import autograd
 from peft.hosts import Host
 from peft.operators import Operator
@@ -51,30 +53,40 @@ class Plan:
 
 def plan_of(layer: AdaptedLayer, names: tuple[str, ...], host: Host) -> Plan:
     """The plan of these adapters on a layer, a kept one if it stands."""
-    plans: dict[tuple[str, ...], Plan | None] = layer._caches.setdefault("plans", {})
-    kept = plans.get(names, ...)
-    if kept is None or layer.merged_adapters or layer._waiting:
+    if layer.merged_adapters or layer._waiting:
         return Plan(layer._updates(names, layer.frozen, True), [])
+    plans: Any = layer._caches.get("plans")
+    if plans is None:
+        plans = layer._caches["plans"] = {}, {}
+    recorded = torch.is_grad_enabled()
+    mine: dict[tuple[str, ...], Plan | None] = plans[recorded]
+    kept = mine.get(names, ...)
+    if kept is None:
+        return Plan(layer._updates(names, host, True), [])
     if kept is not ... and kept.stands():
         return kept
     reads: list[Read] = []
     made = Plan(layer._updates(names, host, True, reads), reads)
-    plans[names] = made if _only_read(made) else None
+    mine[names] = made if _only_read(made, recorded) else None
     return made
 
 
-def _only_read(made: Plan) -> bool:
+def _only_read(made: Plan, recorded: bool) -> bool:
     """Whether a plan holds nothing that was computed, so that it stands as long as what was read does."""
     read = {id(value) for _, _, value in made.reads}
-    return made.stands() and all(
-        type(u) in (Add, After, Before, Magnitude, Shift) and _read(u, read) for u in made.updates
-    )
+    kinds = Add, After, Before, Magnitude, Shift
+    return made.stands() and all(type(u) in kinds and _read(u, read, recorded) for u in made.updates)
 
 
-def _read(value: Any, read: set[int], default: Any = ...) -> bool:
-    """Whether a value was read, or follows from shapes alone."""
+def _read(value: Any, read: set[int], recorded: bool, default: Any = ...) -> bool:
+    """Whether a value was read or is a view of what was, or follows from shapes alone.
+
+    With gradients views don't do: each has a part in the graph of the step it was made in.
+    """
     if isinstance(value, (Operator, Update)):
-        return all(_read(getattr(value, field.name), read, field.default) for field in fields(value))  # type: ignore[arg-type]
+        return all(_read(getattr(value, f.name), read, recorded, f.default) for f in fields(value))  # type: ignore[arg-type]
     if isinstance(value, (list, tuple)):
-        return all(_read(item, read) for item in value)
+        return all(_read(item, read, recorded) for item in value)
+    if isinstance(value, torch.Tensor) and not recorded and id(value._base) in read:
+        return True
     return id(value) in read or value is default or type(value) in (bool, int)

@@ -16,7 +16,7 @@ from peft.errors import ConfigError, PeftWarning
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
 from peft.operators import Operator
-from peft.operators.base import gemm, unrecorded
+from peft.operators.base import eager, gemm, unrecorded
 from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Add, Update
@@ -140,9 +140,6 @@ class Retrained(Operator):
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
-    def _trained(self) -> tuple[Tensor, ...]:
-        return self.up, self.s, self.down, self.u, self.v
-
     def _start(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the trained triplets were."""
         k, dtype = self.s.shape[0], self.dtype
@@ -150,21 +147,45 @@ class Retrained(Operator):
         start = self.u.narrow(1, kept, k), self.d.narrow(0, kept, k), self.v.narrow(0, kept, k)
         return start if dtype is None else (start[0].to(dtype), start[1].to(dtype), start[2].to(dtype))
 
+    def _guarded(self) -> tuple[Tensor, Tensor]:
+        """Thin factors of the trained part."""
+        kept, dtype = self.d.shape[0] - self.s.shape[0], self.dtype or self.s.dtype
+        up, down = OffSubspace.apply(self.up, self.u[:, :kept]), OffSubspace.apply(self.down.mT, self.v[:kept].mT).mT
+        return (up * self.s).to(dtype), down.to(dtype)
+
     def apply(self, x: Tensor) -> Tensor:
         u, d, v = self._start()
-        return _run(Thin, x, *self._trained()) - F.linear(F.linear(x, v) * d, u)
+        if unrecorded(x, self.up, self.s, self.down):
+            y = _thin(x, self.up, self.s, self.down)
+        elif eager():
+            y = Thin.apply(x, self.up, self.s, self.down, self.u, self.v)
+        else:
+            up, down = self._guarded()
+            y = F.linear(F.linear(x, down), up)
+        return y - F.linear(F.linear(x, v) * d, u)
 
     def dense(self) -> Tensor:
         u, d, v = self._start()
-        return torch.addmm(_run(Whole, *self._trained(), self.dtype or self.s.dtype), u * d, v, alpha=-1)
+        if unrecorded(self.up, self.s, self.down):
+            whole = _whole(self.up, self.s, self.down, u.dtype)
+        elif eager():
+            whole = Whole.apply(self.up, self.s, self.down, self.u, self.v, u.dtype)
+        else:
+            up, down = self._guarded()
+            whole = up @ down
+        return torch.addmm(whole, u * d, v, alpha=-1)
+
+    def columns(self, index: Tensor) -> Tensor:
+        (up, down), (u, d, v) = self._guarded(), self._start()
+        return F.linear(F.embedding(index, down.mT), up) - F.linear(F.embedding(index, v.mT) * d, u)
 
     @property
     def T(self) -> Retrained:
         return Retrained(self.down.mT, self.s, self.up.mT, self.v.mT, self.d, self.u.mT, self.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        u, d, v = self._start()
-        return torch.cat(((self.up * self.s).to(u.dtype), -u * d), 1), torch.cat((self.down.to(v.dtype), v))
+        (up, down), (u, d, v) = self._guarded(), self._start()
+        return torch.cat((up, -u * d), 1), torch.cat((down, v))
 
     def flops(self, tokens: int) -> float:
         return gemm(tokens, sum(self.shape), 2 * self.s.shape[0])
@@ -180,7 +201,7 @@ class Retrained(Operator):
 
     def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> Any:
         with torch.no_grad():
-            back, *found = Thin.pull(x, *self._trained(), grad, need_x)
+            back, *found = Thin.pull(x, self.up, self.s, self.down, self.u, self.v, grad, need_x)
             if need_x:
                 u, d, v = self._start()
                 back = back.addmm_(grad @ u * d, v, alpha=-1)
@@ -188,24 +209,25 @@ class Retrained(Operator):
 
     def pull_dense(self, grad: Tensor) -> Any:
         with torch.no_grad():
-            return (self.up, self.s, self.down), Whole.pull(*self._trained(), grad)
+            return (self.up, self.s, self.down), Whole.pull(self.up, self.s, self.down, self.u, self.v, grad)
 
 
-def _run(function: Any, *inputs: Any) -> Tensor:
-    return function.forward(*inputs) if unrecorded(*inputs[:4]) else function.apply(*inputs)
+def _thin(x: Tensor, up: Tensor, s: Tensor, down: Tensor) -> Tensor:
+    dtype = x.dtype
+    return F.linear(F.linear(x, down.to(dtype)) * s.to(dtype), up.to(dtype))
+
+
+def _whole(up: Tensor, s: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
+    return (up * s).to(dtype) @ down.to(dtype)
 
 
 class Thin(torch.autograd.Function):
     """x (…, in) times the transpose of `up diag(s) down`; see `Retrained` for gradients."""
 
     @staticmethod
-    def forward(x: Tensor, up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        dtype = x.dtype
-        return F.linear(F.linear(x, down.to(dtype)) * s.to(dtype), up.to(dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def forward(ctx: Any, x: Tensor, up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(x, up, s, down, u, v)
+        return _thin(x, up, s, down)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -236,21 +258,16 @@ class Whole(torch.autograd.Function):
     """`up diag(s) down` (out, in) in a dtype; see `Retrained` for gradients."""
 
     @staticmethod
-    def forward(up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-        return (up * s).to(dtype) @ down.to(dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:5])
+    def forward(ctx: Any, up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(up, s, down, u, v)
+        return _whole(up, s, down, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *Whole.pull(*ctx.saved_tensors, grad), None, None, None
 
     @staticmethod
-    def pull(
-        up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def pull(up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of `up`, `s` and `down`, given that of the result (out, in)."""
         kept = u.shape[1] - s.shape[0]
         left = (grad @ down.to(grad.dtype).mT).to(up.dtype)
@@ -266,3 +283,19 @@ def _off_columns(grad: Tensor, u: Tensor) -> Tensor:
 def _off_rows(grad: Tensor, v: Tensor) -> Tensor:
     """What of grad (k, in) is at right angles to the rows of v (m, in)."""
     return torch.addmm(grad, grad @ v.mT, v, alpha=-1)
+
+
+class OffSubspace(torch.autograd.Function):
+    """The identity on x (n, k), whose gradient loses its part in the span of the columns of u (n, m)."""
+
+    @staticmethod
+    def forward(x: Tensor, u: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _off_columns(grad, *ctx.saved_tensors), None
