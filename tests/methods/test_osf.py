@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import peft
+from peft.methods.osf import Retrained
 from tests.methods.both import run
 
 TRAIN = """
@@ -97,3 +102,29 @@ def test_a_merge_is_taken_back_exactly():
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
     model.unmerge_adapter()
     assert torch.equal(model.base_model.model[0].base_layer.weight, before)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_gradients_are_projected_the_same_in_all_forms(tokens):
+    """Through tokens or matrices, and whichever of both is smaller."""
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 6, dtype=torch.float64))[0] for n in (7, 9))
+    up, s, down = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 4), (4,), (4, 9)))
+    op = Retrained(up, s, down, u, torch.rand(6, dtype=torch.float64), v.mT)
+    x = torch.randn(tokens, 9, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(tokens, 7, dtype=torch.float64)
+    back, *free = torch.autograd.grad(
+        x @ (up * s @ down - u[:, 2:] * op.d[2:] @ v[:, 2:].mT).mT, (x, up, s, down), grad
+    )
+    off_u, off_v = (torch.eye(len(q), dtype=torch.float64) - q[:, :2] @ q[:, :2].mT for q in (u, v))
+    wanted = off_u @ free[0], free[1], free[2] @ off_v
+    near, apart = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12), (up, s, down)
+    near(torch.autograd.grad(op.apply(x), (x, *apart), grad), (back, *wanted))
+    near(torch.autograd.grad(F.linear(x, op.dense()), (x, *apart), grad), (back, *wanted))
+    pulled, on_the_way, found = op.pull(x, grad, True)
+    near((pulled, *torch.autograd.grad(on_the_way, apart, found)), (back, *wanted))
+    near(op.pull_dense(grad.mT @ x), (apart, wanted))
+    near(
+        torch.func.grad(lambda *t: (replace(op, up=t[0], down=t[1]).apply(x) * grad).sum(), (0, 1))(up, down),
+        wanted[::2],
+    )
