@@ -4,8 +4,9 @@ A fused form never changes meaning: it stands in for the plain path where everyt
 hold the two equal, gradients too. Under `torch.compile` and `torch.func` the plain path runs.
 
 Adapters are cast to the dtype of the activations inside the nodes, so neither the casts nor anything of the size of the
-activations is kept, but the input: dropout masks are made again from their seeds. Small inputs, where calls cost more
-than arithmetic, run by as few of autograd's own nodes as it takes, in the dtype of the adapter.
+activations is kept, but the input: dropout masks are made again from their seeds. Inputs that are little beside the
+weight run by as few of autograd's own nodes as it takes, and small ones, where calls cost more than arithmetic, in the
+dtype of the adapter.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LEVELS = 1 << 16
 _SMALL = 1 << 16
 """Elements of input and output together up to which calls cost more than what they compute (measured on a CPU)."""
+_BESIDE = 16
+"""How many times the elements of input and output a weight has that they are little beside."""
 _AS_IT_IS = nullcontext()
 _THIN = 16
 """A projection of the input is kept for backward where it is so many times smaller than the input."""
@@ -464,8 +467,9 @@ def _low_rank(
 ) -> Tensor:
     """Low-rank updates, on x (n, in); `gain` (out,) if they are normalised."""
     small = _small(x, weight)
+    few = small or (dropout is None and _beside(x, weight))
     # With or without gradients the same elements drop out: reentrant checkpointing runs both ways.
-    if (not small and (torch.is_grad_enabled() or dropout)) or (gain is not None and dropout):
+    if (not few and (torch.is_grad_enabled() or dropout)) or (gain is not None and dropout):
         factors = op.down, op.up, float(op.scale), Dropout.draw(dropout.p if dropout else 0.0)
         if gain is None:
             return LowRankLinear.apply(x, weight, bias, *factors)
@@ -495,7 +499,7 @@ def _operator(
 ) -> Tensor:
     """Any other update by an operator, on x (n, in)."""
     small = _small(x, weight)
-    if not small and (dropout or (torch.is_grad_enabled() and not (op.keeps(x) and not _denser(op, x)))):
+    if not small and (dropout or (torch.is_grad_enabled() and (_denser(op, x) or not _lean(op, x, weight)))):
         draw = Dropout.draw(dropout.p if dropout else 0.0)
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = x if dropout is None else dropout(x)
@@ -508,6 +512,11 @@ def _operator(
     if before:
         return _linear(changed.to(x.dtype), weight, bias)
     return _linear(x, weight, bias).add_(changed)
+
+
+def _lean(op: Operator, x: Tensor, weight: Tensor) -> bool:
+    """Whether nodes of torch's own, running the operator on x, keep little for backward."""
+    return op.keeps(x) or _beside(x, weight)
 
 
 def _run(
@@ -525,6 +534,12 @@ def _run(
 
 def _small(x: Tensor, weight: Tensor) -> bool:
     return x.shape[0] * (weight.shape[0] + weight.shape[1]) <= _SMALL
+
+
+def _beside(x: Tensor, weight: Tensor) -> bool:
+    """Whether x and y are little beside W: what nodes of torch's own keep of them is, too."""
+    out, inner = weight.shape
+    return x.shape[0] * (out + inner) * _BESIDE <= out * inner
 
 
 def _together(updates: list[Update]) -> Update | None:

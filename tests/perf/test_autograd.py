@@ -29,6 +29,11 @@ CONFIGS: dict[str, Any] = {
     "FourierFT": lambda: peft.FourierFTConfig(n_frequency=9, target_modules=["lin"]),
     "VeRA": lambda: peft.VeraConfig(r=4, target_modules=["lin"]),
     "SHiRA": lambda: peft.ShiraConfig(r=2, target_modules=["lin"]),
+    "IA3": lambda: peft.IA3Config(target_modules=["lin"], feedforward_modules=[]),
+    "IA3, feedforward": lambda: peft.IA3Config(target_modules=["lin"], feedforward_modules=["lin"]),
+    "RoAd": lambda: peft.RoadConfig(group_size=4, target_modules=["lin"]),
+    "BEFT": lambda: peft.BeftConfig(target_modules=["lin"]),
+    "MiSS": lambda: peft.MissConfig(r=2, target_modules=["lin"]),
 }
 
 
@@ -107,6 +112,12 @@ def small(monkeypatch, large):
     monkeypatch.setattr(autograd, "_SMALL", 1 << 30)
 
 
+@pytest.fixture
+def beside(monkeypatch, large):
+    """Inputs count as few beside the weight."""
+    monkeypatch.setattr(autograd, "_BESIDE", 0)
+
+
 @pytest.mark.parametrize("needs_input_gradient", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_plain_path(name, needs_input_gradient, fused_calls):
@@ -124,8 +135,10 @@ def test_equals_the_plain_path_in_bfloat16(name):
     assert_equal(step(model, x), step(model, x, plain=True), 4e-2)
 
 
+@pytest.mark.parametrize("size", ["small", "beside"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_small_inputs_equal_the_plain_path(name, small, fused_calls):
+def test_small_inputs_equal_the_plain_path(name, size, request, fused_calls):
+    request.getfixturevalue(size)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 4e-2)):
         model = adapted(CONFIGS[name](), dtype)
         x = torch.randn(2, 5, 12, dtype=dtype, requires_grad=True)
@@ -257,7 +270,7 @@ def kept(run: Any, model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("DoRA", "LoRA with bias")])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("DoRA", "LoRA with bias", "RoAd")])
 def test_keeps_the_input_and_nothing_else(name, dropout):
     config = CONFIGS[name]()
     if dropout:
