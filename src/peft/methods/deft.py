@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import TargetedConfig, choice, positive
@@ -16,7 +17,10 @@ from peft.operators import LowRank
 from peft.operators.base import widened
 from peft.parts import Parts
 from peft.slots import Slot
-from peft.updates import Add, Update
+from peft.updates import Add, Base, Run, Update
+
+_SMALL = 1 << 16
+"""Elements of input and output together up to which calls cost more than what they compute."""
 
 
 @dataclass
@@ -50,6 +54,47 @@ class DeftConfig(TargetedConfig):
             raise ConfigError(f"deft_dropout is {self.deft_dropout!r}; it is a probability, from 0 to 1.")
 
 
+@dataclass(frozen=True, eq=False)
+class Exchange(Update):
+    """W - Q P̂ᵀ W + Q R on a linear layer: P̂ reads the layer's output, which costs few tokens less than P̂ᵀ W would.
+
+    `writes` is Q and `reads` P̂, each (out, r); `puts` is R (r, in), or None for zero.
+    """
+
+    writes: Tensor
+    reads: Tensor
+    puts: Tensor | None
+    relative = True
+
+    def added(self, weight: Tensor, dropout: nn.Module | None = None) -> Add:
+        """The same as what is added to a weight W (out, in)."""
+        down = -(self.reads.mT @ weight.to(self.reads.dtype))
+        return Add(LowRank(down if self.puts is None else down + self.puts, self.writes), None, dropout)
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        y, frozen, bias = prev(x), base.run(x), base.bias
+        out, inner = y.shape[-1], x.shape[-1]
+        if y.numel() > out * inner:
+            return self.added(base.weight).forward(x, prev, bias, base)
+        dtype = self.writes.dtype if x.numel() + y.numel() <= _SMALL else y.dtype
+        read = (frozen if bias is None else frozen - bias).reshape(-1, out).to(dtype)
+        reads, writes = self.reads.to(dtype), self.writes.mT.to(dtype)
+        if self.puts is None:
+            hidden = -(read @ reads)
+        else:
+            put = F.linear(x.reshape(-1, inner).to(dtype), self.puts.to(dtype))
+            hidden = torch.addmm(put, read, reads, alpha=-1)
+        if dtype == y.dtype:
+            return torch.addmm(y.reshape(-1, out), hidden, writes).view(y.shape)
+        return y + (hidden @ writes).to(y.dtype).view(y.shape)
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        return self.added(base.weight).weight(weight, base)
+
+    def transposed(self, base: Base) -> Update:
+        return self.added(base.weight).transposed(base)
+
+
 class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
     slots = (Slot("deft_P", "out r"), Slot("deft_R", "r in", when="replaces"))
     settings = ("r",)
@@ -78,17 +123,17 @@ class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
 
     def _pair(self, p: Parts) -> tuple[Tensor, Tensor]:
         """Q and P̂, each (out, r)."""
+        learnt = p.deft_P
         if p.config.decomposition_method == "relu":
-            return p.deft_P, p.deft_P.relu()
-        q = torch.linalg.qr(widened(p.deft_P))[0].to(p.deft_P.dtype)
+            return learnt, learnt.relu()
+        q = torch.linalg.qr(widened(learnt))[0].to(learnt.dtype)
         return q, q
 
     def update(self, p: Parts, host: Host) -> Update:
-        writes, reads = self._pair(p)
-        inner = -(reads.mT @ host.weight().to(reads.dtype))
-        if p.has("deft_R"):
-            inner = inner + p.deft_R * _scale(p)
-        return Add(LowRank(inner, writes), None, p.dropout)
+        scale, dropout = _scale(p), p.dropout
+        puts = None if p.config.para else p.deft_R if scale == 1 else p.deft_R * scale
+        change = Exchange(*self._pair(p), puts)
+        return change if p.running and host.on_input and dropout is None else change.added(host.weight(), dropout)
 
 
 def _scale(p: Parts) -> float:
