@@ -37,6 +37,7 @@ class Sparse(Operator):
     values: Tensor
     out: int
     inner: int
+    brief = True
     rounds = True
 
     def __post_init__(self) -> None:
@@ -47,9 +48,12 @@ class Sparse(Operator):
         return self.out, self.inner
 
     def _places(self) -> Tensor:
-        """Places counted row by row (k,), int64."""
-        index = self.index.long()
-        return index if index.dim() == 1 else index[0] * self.inner + index[1]
+        """Places counted row by row (k,), int64 or int32."""
+        index = self.index
+        if index.dim() == 1:
+            return index if index.dtype in (torch.int32, torch.int64) else index.long()
+        rows, cols = index.long()
+        return rows * self.inner + cols
 
     def apply(self, x: Tensor) -> Tensor:
         rows, cols = rows_and_columns(self.index, self.inner)
