@@ -147,6 +147,8 @@ class Add(Update):
         return Add(self.op.T)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
+        if self.op.shape == weight.shape and self.op.like().dtype == weight.dtype:
+            return self.op.onto(weight)
         return base.plus(weight, self.op.dense())
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:

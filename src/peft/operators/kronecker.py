@@ -113,6 +113,10 @@ class HadamardLowRank(Operator):
         first, second = self.up1 @ scaled(self.down1, self.scale), self.up2 @ self.down2
         return first * second if torch.is_grad_enabled() else first.mul_(second)
 
+    def onto(self, weight: Tensor) -> Tensor:
+        first, second = self.up1 @ scaled(self.down1, self.scale), self.up2 @ self.down2
+        return torch.addcmul(weight, first, second, out=None if torch.is_grad_enabled() else first)
+
     def columns(self, index: Tensor) -> Tensor:
         first = F.linear(F.embedding(index, self.down1.mT), self.up1)
         return scaled(first, self.scale) * F.linear(F.embedding(index, self.down2.mT), self.up2)

@@ -44,6 +44,11 @@ class LowRank(Operator):
         blocks = self.up.unflatten(0, (self.groups, -1)) @ down.unflatten(0, (self.groups, -1))
         return blocks.flatten(0, 1)
 
+    def onto(self, weight: Tensor) -> Tensor:
+        if self.groups > 1 or isinstance(self.scale, Tensor):
+            return weight + self.dense()
+        return torch.addmm(weight, self.up, self.down, alpha=self.scale)
+
     def _up(self, h: Tensor) -> Tensor:
         h = scaled(h, self.scale)
         if self.groups == 1:
