@@ -14,7 +14,7 @@ import peft
 from peft import registry
 from peft.errors import PeftWarning, UnsupportedError
 from peft.method import WeightMethod
-from peft.testing import samples, train
+from peft.testing import Holder, samples, train
 from tests.methods.both import run
 
 DRAW = """
@@ -113,6 +113,30 @@ def test_pvera_draws_the_same_noise_from_the_same_seed():
     first = one(x)
     torch.manual_seed(2)
     torch.testing.assert_close(two(x), first)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 6), nn.Conv1d(4, 6, 3), nn.Conv1d(4, 6, 3, groups=2)], ids=str)
+def test_pvera_draws_about_the_mean_on_every_layer(layer, monkeypatch):
+    config = peft.PveraConfig(r=3, init_weights=False, target_modules=["layer"])
+    model = peft.get_peft_model(Holder(copy.deepcopy(layer)), config).train()
+    x = torch.randn(2, 4, 4)
+    mean = model.eval()(x)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    torch.testing.assert_close(model.train()(x), mean)
+
+
+def test_pvera_draws_alike_on_vectors_and_on_single_patches():
+    outputs = []
+    for layer in (nn.Linear(4, 6), nn.Conv1d(4, 6, 1)):
+        torch.manual_seed(0)
+        shape = layer.weight.shape
+        layer.weight.data, layer.bias.data = torch.randn(6, 4).view(shape), torch.randn(6)
+        config = peft.PveraConfig(r=3, init_weights=False, target_modules=["layer"])
+        model = peft.get_peft_model(Holder(layer), config).train()
+        torch.manual_seed(1)
+        x = torch.randn(5, 4)
+        outputs.append(model(x if len(shape) == 2 else x[:, :, None]).flatten(1))
+    torch.testing.assert_close(*outputs)
 
 
 def test_a_layer_alone_can_not_have_a_share_of_uni_lora():

@@ -14,7 +14,7 @@ from peft.errors import ConfigError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
 from peft.operators import LowRank
-from peft.operators.base import widened
+from peft.operators.base import scaled, widened
 from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Base, Run, Update
@@ -56,33 +56,46 @@ class DeftConfig(TargetedConfig):
 
 @dataclass(frozen=True, eq=False)
 class Exchange(Update):
-    """W - Q P̂ᵀ W + Q R on a linear layer: P̂ reads the layer's output, which costs few tokens less than P̂ᵀ W would.
+    """W - Q P̂ᵀ W + s Q R on a linear layer: P̂ reads the layer's output, which costs few tokens less than P̂ᵀ W would.
 
-    `writes` is Q and `reads` P̂, each (out, r); `puts` is R (r, in), or None for zero.
+    `learnt` is P (out, r), `puts` R (r, in), or None for zero, and `scale` s.
     """
 
-    writes: Tensor
-    reads: Tensor
+    learnt: Tensor
+    decomposition: str
     puts: Tensor | None
+    scale: float
     relative = True
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Q and P̂, each (out, r)."""
+        if self.decomposition == "relu":
+            return self.learnt, self.learnt.relu()
+        q = torch.linalg.qr(widened(self.learnt))[0].to(self.learnt.dtype)
+        return q, q
 
     def added(self, weight: Tensor, dropout: nn.Module | None = None) -> Add:
         """The same as what is added to a weight W (out, in)."""
-        down = -(self.reads.mT @ weight.to(self.reads.dtype))
-        return Add(LowRank(down if self.puts is None else down + self.puts, self.writes), None, dropout)
+        writes, reads = self.pair()
+        down = -(reads.mT @ weight.to(reads.dtype))
+        return Add(LowRank(down if self.puts is None else down + self._put(), writes), None, dropout)
+
+    def _put(self) -> Any:
+        return scaled(self.puts, self.scale)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         y, frozen, bias = prev(x), base.run(x), base.bias
         out, inner = y.shape[-1], x.shape[-1]
         if y.numel() > out * inner:
             return self.added(base.weight).forward(x, prev, bias, base)
-        dtype = self.writes.dtype if x.numel() + y.numel() <= _SMALL else y.dtype
+        writes, reads = self.pair()
+        dtype = writes.dtype if x.numel() + y.numel() <= _SMALL else y.dtype
         read = (frozen if bias is None else frozen - bias).reshape(-1, out).to(dtype)
-        reads, writes = self.reads.to(dtype), self.writes.mT.to(dtype)
+        reads, writes = reads.to(dtype), writes.mT.to(dtype)
         if self.puts is None:
             hidden = -(read @ reads)
         else:
-            put = F.linear(x.reshape(-1, inner).to(dtype), self.puts.to(dtype))
+            put = F.linear(x.reshape(-1, inner).to(dtype), self._put().to(dtype))
             hidden = torch.addmm(put, read, reads, alpha=-1)
         if dtype == y.dtype:
             return torch.addmm(y.reshape(-1, out), hidden, writes).view(y.shape)
@@ -97,7 +110,7 @@ class Exchange(Update):
 
 class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
     slots = (Slot("deft_P", "out r"), Slot("deft_R", "r in", when="replaces"))
-    settings = ("r",)
+    settings = ("r", "deft_decomposition", "deft_scaling")
     dropout = "deft_dropout"
     samples = (
         {"r": 2},
@@ -107,7 +120,12 @@ class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
     )
 
     def resolve(self, config: DeftConfig, host: Host, site: Site) -> dict[str, Any]:
-        return {"r": min(config.r, host.out_features), "replaces": not config.para}
+        return {
+            "r": min(config.r, host.out_features),
+            "deft_decomposition": config.decomposition_method,
+            "deft_scaling": 1.0 if config.alpha is None else config.alpha / min(config.r, host.out_features),
+            "replaces": not config.para,
+        }
 
     def identity_at_start(self, config: DeftConfig) -> bool:
         return config.init_weights and not config.para
@@ -116,25 +134,15 @@ class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
         nn.init.normal_(p.deft_P, std=0.02)
         if p.has("deft_R"):
             if p.config.init_weights:
-                reads = self._pair(p)[1]
-                p.deft_R.copy_(reads.mT @ host.weight().to(reads.dtype) / _scale(p))
+                reads = _exchange(p).pair()[1]
+                p.deft_R.copy_(reads.mT @ host.weight().to(reads.dtype) / p.deft_scaling)
             else:
                 nn.init.normal_(p.deft_R, std=0.02 * p.config.init_scale)
 
-    def _pair(self, p: Parts) -> tuple[Tensor, Tensor]:
-        """Q and P̂, each (out, r)."""
-        learnt = p.deft_P
-        if p.config.decomposition_method == "relu":
-            return learnt, learnt.relu()
-        q = torch.linalg.qr(widened(learnt))[0].to(learnt.dtype)
-        return q, q
-
     def update(self, p: Parts, host: Host) -> Update:
-        scale, dropout = _scale(p), p.dropout
-        puts = None if p.config.para else p.deft_R if scale == 1 else p.deft_R * scale
-        change = Exchange(*self._pair(p), puts)
+        change, dropout = _exchange(p), p.dropout
         return change if p.running and host.on_input and dropout is None else change.added(host.weight(), dropout)
 
 
-def _scale(p: Parts) -> float:
-    return 1.0 if p.config.alpha is None else p.config.alpha / p.r
+def _exchange(p: Parts) -> Exchange:
+    return Exchange(p.deft_P, p.deft_decomposition, p.deft_R if p.has("deft_R") else None, p.deft_scaling)

@@ -7,17 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import UnsupportedError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
-from peft.methods.vera import projections, start
-from peft.operators import Dense, DiagonalLowRank, Operator
+from peft.methods.vera import cut, projections, start
+from peft.operators import Dense, Diagonal, DiagonalLowRank
 from peft.parts import Parts
 from peft.slots import Slot
-from peft.updates import Add, Base, Update
+from peft.updates import Add, Base, Run, Update
+
+_SMALL = 1 << 16
+"""Elements of input and output together up to which calls cost more than what they compute."""
 
 
 @dataclass
@@ -58,33 +62,75 @@ class PveraConfig(TargetedConfig):
         choice(self, "bias", ("none", "all", "pvera_only"))
 
 
+def draw(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None) -> Tensor:
+    """z ~ N(μ, σ²), all of one shape."""
+    deviation = (0.5 * log_variance).exp()
+    if generator is None:
+        noise = torch.randn_like(deviation)
+    elif torch._C._current_graph_task_id() != -1:  # inside backward: this is a pass that checkpointing repeats
+        raise UnsupportedError(
+            "PVeRA's generator_seed gives each layer noise of its own, which gradient checkpointing can't repeat, "
+            "so gradients would be wrong. Leave generator_seed None, or train without checkpointing."
+        )
+    else:
+        noise = torch.randn(deviation.shape, generator=generator, dtype=deviation.dtype).to(deviation.device)
+    return torch.addcmul(mean, noise, deviation)
+
+
 @dataclass(frozen=True, eq=False)
-class Noisy(Add):
-    """`Add` of `up` μ(x), plus noise in training: `up` (ε σ(x)) with log σ² = `spread` x."""
+class Noisy(Update):
+    """b ⊙ B z added to the output, z drawn; in the weight, that of its mean. Shapes as in `PveraConfig`."""
 
-    up: Operator = None  # type: ignore[assignment]
-    spread: Operator = None  # type: ignore[assignment]
-    generator: torch.Generator | None = None
+    down: Tensor
+    up: Tensor
+    d: Tensor
+    b: Tensor
+    dropout: nn.Module | None
+    generator: torch.Generator | None
+    relative = True
 
-    def delta(self, x: Tensor, base: Base) -> Tensor:
+    def added(self) -> Add:
+        """The update without noise."""
+        rank = self.up.shape[1]
+        return Add(DiagonalLowRank(self.down[:rank], self.up, self.d[:rank], self.b), None, self.dropout)
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
+        y, seen = prev(x), x if self.dropout is None else self.dropout(x)
+        dtype = self.d.dtype if x.numel() + y.numel() <= _SMALL else y.dtype
+        hidden = F.linear(seen.to(dtype), self.down.to(dtype)) * self.d.to(dtype)
+        change = F.linear(draw(*hidden.chunk(2, -1), self.generator), self.up.to(dtype))
+        b = self.b.to(dtype)
+        return torch.addcmul(y, change, b) if dtype == y.dtype else y + (change * b).to(y.dtype)
+
+    def weight(self, weight: Tensor, base: Base) -> Tensor:
+        return self.added().weight(weight, base)
+
+    def transposed(self, base: Base) -> Update:
+        return self.added().transposed(base)
+
+
+@dataclass(frozen=True, eq=False)
+class NoisyPatches(Noisy):
+    """The same on layers that read their input in other ways than `nn.Linear`."""
+
+    groups: int = 1
+    """Of a grouped convolution, which has a hidden vector for each."""
+
+    def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         seen = x if self.dropout is None else self.dropout(x)
-        deviation = (0.5 * base.lift(self.spread, seen)).exp()
-        if self.generator is None:
-            noise = torch.randn_like(deviation)
-        elif torch._C._current_graph_task_id() != -1:  # inside backward: this is a pass that checkpointing repeats
-            raise UnsupportedError(
-                "PVeRA's generator_seed gives each layer noise of its own, which gradient checkpointing can't repeat, "
-                "so gradients would be wrong. Leave generator_seed None, or train without checkpointing."
-            )
-        else:
-            noise = torch.randn(deviation.shape, generator=self.generator, dtype=deviation.dtype).to(deviation.device)
-        return base.lift(self.op, seen) + base.out(self.up, noise * deviation)
+        mean, log_variance = (
+            base.out(Diagonal(d.repeat(self.groups)), base.lift(Dense(down.repeat(self.groups, 1)), seen))
+            for down, d in zip(self.down.chunk(2), self.d.chunk(2), strict=True)
+        )
+        up = torch.block_diag(*self.up.chunk(self.groups))
+        change = base.out(Dense(up), draw(mean, log_variance, self.generator))
+        return prev(x) + base.out(Diagonal(self.b), change)
 
 
 class Pvera(WeightMethod, peft_type="PVERA", config=PveraConfig):
     prefix = "pvera_lambda_"
     slots = (Slot("pvera_lambda_b", "out"), Slot("pvera_lambda_d", "2*r"))
-    settings = ("r", "generator")
+    settings = ("r", "sample_at_inference", "generator")
     dropout = "pvera_dropout"
     samples = ({"r": 4}, {"r": 3, "save_projection": False}, {"r": 4, "init_weights": False})
 
@@ -97,19 +143,15 @@ class Pvera(WeightMethod, peft_type="PVERA", config=PveraConfig):
 
     def resolve(self, config: PveraConfig, host: Host, site: Site) -> dict[str, Any]:
         seed = config.generator_seed
-        return {"r": config.r, "generator": None if seed is None else torch.Generator().manual_seed(seed)}
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return {"r": config.r, "sample_at_inference": config.sample_at_inference, "generator": generator}
 
     def reset(self, p: Parts, host: Host) -> None:
         start(p.pvera_lambda_b, p.pvera_lambda_d, p.config)
 
     def update(self, p: Parts, host: Host) -> Update:
-        down, up, b = p.pvera_A[:, : host.in_features], p.pvera_B[: host.out_features], p.pvera_lambda_b
-        mean, spread = p.pvera_lambda_d.chunk(2)
-        op = DiagonalLowRank(down[: p.r], up, mean, b)
-        if not (p.training or p.config.sample_at_inference):
-            return Add(op)
-        # A grouped convolution has a hidden vector for each group.
-        groups = host.groups
-        wide = torch.block_diag(*(b[:, None] * up).chunk(groups))
-        log_variance = (spread[:, None] * down[p.r :]).repeat(groups, 1)
-        return Noisy(op, None, p.dropout, Dense(wide), Dense(log_variance), p.generator)
+        down, up = cut(p.pvera_A, 2 * p.r, host.in_features), cut(p.pvera_B, host.out_features, p.r)
+        update = Noisy(down, up, p.pvera_lambda_d, p.pvera_lambda_b, p.dropout, p.generator)
+        if not (p.training or p.sample_at_inference):
+            return update.added()
+        return update if host.on_input else NoisyPatches(*vars(update).values(), host.groups)

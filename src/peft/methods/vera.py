@@ -71,7 +71,7 @@ class Vera(WeightMethod, peft_type="VERA", config=VeraConfig):
         start(p.vera_lambda_b, p.vera_lambda_d, p.config)
 
     def update(self, p: Parts, host: Host) -> Update:
-        down, up = p.vera_A[:, : host.in_features], p.vera_B[: host.out_features]
+        down, up = cut(p.vera_A, p.r, host.in_features), cut(p.vera_B, host.out_features, p.r)
         return Add(DiagonalLowRank(down, up, p.vera_lambda_d, p.vera_lambda_b), dropout=p.dropout)
 
 
@@ -83,6 +83,11 @@ def projections(config: Any, rows: int, targets: Mapping[str, Host]) -> tuple[Te
     for matrix in (down, up):
         nn.init.kaiming_uniform_(matrix, generator=generator)
     return down, up
+
+
+def cut(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """The part of a shared matrix that a layer of this size uses: the matrix itself where it is all of it."""
+    return matrix if matrix.shape == (rows, columns) else matrix[:rows, :columns]
 
 
 def start(b: Tensor, d: Tensor, config: Any) -> None:
