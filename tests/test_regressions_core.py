@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -373,3 +374,12 @@ def test_an_option_that_a_config_does_not_have_is_named_with_the_nearest():
             self.note = note
 
     assert Own(note="kept", r=3).r == 3
+
+
+def test_unloading_lets_go_of_the_old_weights():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0", "1"]))
+    adapted = list(model.base_model.model)
+    old = [weakref.ref(layer.base_layer.weight) for layer in adapted]
+    model.merge_and_unload()
+    assert not any(layer._originals for layer in adapted)
+    assert all(reference() is None for reference in old)

@@ -237,6 +237,7 @@ def unload(
                     warnings.simplefilter("ignore", PeftWarning)
                     module.merge(safe_merge, adapter_names)
             left = module.base_layer
+            module._originals = {}  # or all weights would be there twice until the last is merged
         if not key:
             return left
         parent_key, _, name = key.rpartition(".")
