@@ -6,15 +6,19 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import TargetError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
+from peft.operators import Operator
+from peft.operators.base import gemm, sources
 from peft.parts import Parts
 from peft.slots import Slot
-from peft.updates import Rewrite, Update
+from peft.updates import Add, Update
 
 
 @dataclass
@@ -108,23 +112,80 @@ class Glora(WeightMethod, peft_type="GLORA", config=GloraConfig):
         return {name: tensor for name, tensor in tensors.items() if not name.endswith(".zeros")}
 
     def update(self, p: Parts, host: Host) -> Update:
-        a, b, c, d, e = (support(getattr(p, slot.name)) for slot in self.slots)
-
-        def delta(weight: Tensor) -> Tensor:
-            change = weight * (0 if a is None else a)
-            return change if b is None else change + b
-
-        def shift(weight: Tensor, bias: Tensor | None) -> Tensor | None:
-            if bias is None:
-                return None
-            terms = [None if d is None else bias * d, e, None if c is None else (weight.to(c.dtype) @ c).flatten()]
-            return sum((t for t in terms if t is not None), start=bias.new_zeros(bias.shape))
-
-        return Rewrite(delta, shift)
+        frozen = p.call(host)
+        weight, bias = frozen.weight, frozen.bias
+        a, b = (_factors(getattr(p, name), weight) for name in ("glora_A", "glora_B"))
+        op = Modulated(*a, *b, weight)
+        return Add(op) if bias is None else Add(op, _shift(weight, bias, p.glora_C, p.glora_D, p.glora_E))
 
 
-def support(held: Any) -> Tensor | None:
-    """The matrix, vector or number that the parameters of a support mean; None: there is none."""
-    if not len(held):
-        return None
-    return held["X"] if "X" in held else held["Xd"] @ held["Xu"]
+@dataclass(frozen=True, eq=False)
+class Modulated(Operator):
+    """`weight * (up @ down) + up2 @ down2`: a product entry by entry, and one added.
+
+    Shapes: `up` (out, r), `down` (r, in), `up2` (out, q), `down2` (q, in) and `weight` (out, in), which is a constant.
+    """
+
+    up: Tensor
+    down: Tensor
+    up2: Tensor
+    down2: Tensor
+    weight: Tensor
+    brief = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        # weight * (u ⊗ d) is diag(u) weight diag(d), for each column of `up` and row of `down`
+        turned = F.linear(x[..., None, :] * self.down, self.weight)
+        return (turned * self.up.mT).sum(-2) + F.linear(F.linear(x, self.down2), self.up2)
+
+    def dense(self) -> Tensor:
+        return self._added((self.up @ self.down).mul_(self.weight))
+
+    def onto(self, weight: Tensor) -> Tensor:
+        return self._added((self.up @ self.down).mul_(self.weight).add_(weight))
+
+    def _added(self, product: Tensor) -> Tensor:
+        # in place: fresh memory costs more than the operations
+        return product.addmm_(self.up2.to(product.dtype), self.down2.to(product.dtype))
+
+    def pull_dense(self, grad: Tensor) -> tuple[Any, Any]:
+        with torch.no_grad():
+            inner = grad * self.weight
+            return sources(
+                (self.up, inner @ self.down.mT),
+                (self.down, self.up.mT @ inner),
+                (self.up2, grad @ self.down2.mT),
+                (self.down2, self.up2.mT @ grad),
+            )
+
+    def flops(self, tokens: int) -> float:
+        return gemm(tokens * self.up.shape[1], *self.shape) + gemm(tokens, self.up2.shape[1], sum(self.shape))
+
+    def flops_dense(self, tokens: int) -> float:
+        out, inner = self.shape
+        ranks = self.up.shape[1] + self.up2.shape[1]
+        # The factors are so thin that it is writing the products that costs.
+        return gemm(out, inner, ranks) + 40.0 * out * inner + gemm(tokens, out, inner)
+
+
+def _factors(held: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Thin factors (out, r) and (r, in) of the support that parameters mean; of rank 0 if there are none."""
+    if "Xd" in held:
+        return held["Xd"], held["Xu"]
+    out, inner = weight.shape
+    if "X" not in held:
+        return weight.new_empty(out, 0), weight.new_empty(0, inner)
+    return held["X"].expand(out, 1) if held["X"].dim() == 1 else held["X"], held["X"].new_ones(1, inner)
+
+
+def _shift(weight: Tensor, bias: Tensor, c: Any, d: Any, e: Any) -> Tensor:
+    """b ⊙ D + E + W C (out,)."""
+    shift = bias * d["X"] + e["X"] if len(d) else torch.zeros_like(bias)
+    if not len(c):
+        return shift
+    support = c["X"] if "X" in c else c["Xd"] @ c["Xu"]
+    return shift + (weight @ support.to(weight.dtype)).flatten()

@@ -16,7 +16,7 @@ from peft.errors import ConfigError, PeftWarning
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
 from peft.operators import Operator
-from peft.operators.base import eager, gemm, unrecorded
+from peft.operators.base import eager, gemm, sources, unrecorded
 from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Add, Update
@@ -205,11 +205,12 @@ class Retrained(Operator):
             if need_x:
                 u, d, v = self._start()
                 back = back.addmm_(grad @ u * d, v, alpha=-1)
-        return back, (self.up, self.s, self.down), tuple(found)
+        return back, *sources(*zip((self.up, self.s, self.down), found, strict=True))
 
     def pull_dense(self, grad: Tensor) -> Any:
         with torch.no_grad():
-            return (self.up, self.s, self.down), Whole.pull(self.up, self.s, self.down, self.u, self.v, grad)
+            found = Whole.pull(self.up, self.s, self.down, self.u, self.v, grad)
+        return sources(*zip((self.up, self.s, self.down), found, strict=True))
 
 
 def _thin(x: Tensor, up: Tensor, s: Tensor, down: Tensor) -> Tensor:

@@ -166,6 +166,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return dtype if isinstance(value, torch.dtype) else value
 
 
+def sources(*pairs: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
+    """What `pull` returns where several tensors lie on the way: those that are differentiated, and their gradients."""
+    needed = [pair for pair in pairs if pair[0].requires_grad]
+    return tuple(tensor for tensor, _ in needed), tuple(grad for _, grad in needed)
+
+
 def eager() -> bool:
     """Whether operations run one by one, here and now: nothing compiles, vectorises or differentiates functions."""
     compiling = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
