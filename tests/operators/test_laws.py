@@ -90,6 +90,7 @@ SAMPLES: dict[str, Callable[[Source, int, int, int], Operator]] = {
     "fold": lambda s, p, q, r: ops.Fold(s(r, p), p, 3 * q),
     "fold_mini": lambda s, p, q, r: ops.Fold(s(r, p), 3 * p, 3 * q),
     "givens": lambda s, p, q, r: ops.Givens(s(2 * p * q), s(2 * p * q), 2 * p),
+    "givens, long": lambda s, p, q, r: ops.Givens(s(64 * q), s(64 * q), 64),
     "householder": lambda s, p, q, r: ops.Householder(s(p + q, r)),
     "cayley": lambda s, p, q, r: ops.Cayley(packed(s, p, q), p, q),
     "cayley_shared": lambda s, p, q, r: ops.Cayley(packed(s, p, 1), p, q),

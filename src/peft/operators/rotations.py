@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft.operators.base import Operator, expect, gemm, widened
+from peft.operators.base import Operator, eager, expect, gemm, unrecorded, widened
 from peft.operators.blocks import BlockDiagonal
+
+_RUN = 64
+"""From groups of this size on, halves of groups are long enough to be worked on where they lie (measured)."""
 
 
 def skew(packed: Tensor, size: int) -> Tensor:
@@ -21,10 +24,25 @@ def skew(packed: Tensor, size: int) -> Tensor:
             [-1.,  0.,  3.],
             [-2., -3.,  0.]])
     """
-    rows, cols = torch.triu_indices(size, size, 1, device=packed.device)
-    upper = packed.new_zeros(*packed.shape[:-1], size * size).index_copy(-1, rows * size + cols, packed)
+    upper = packed.new_zeros(*packed.shape[:-1], size * size).index_copy(-1, _above(size, packed), packed)
     upper = upper.unflatten(-1, (size, size))
     return upper - upper.mT
+
+
+_ABOVE: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _above(size: int, like: Tensor) -> Tensor:
+    """Where the strict upper triangle of a matrix of this size lies in its memory, row by row."""
+    mine = eager() and type(like) in (Tensor, nn.Parameter)  # fake tensors meet no real ones
+    found = _ABOVE.get((size, like.device)) if mine else None
+    if found is None:
+        with torch.inference_mode(False):
+            rows, cols = torch.triu_indices(size, size, 1, device=like.device)
+            found = rows * size + cols
+        if mine:
+            _ABOVE[size, like.device] = found
+    return found
 
 
 def cayley(q: Tensor) -> Tensor:
@@ -44,9 +62,14 @@ def neumann(q: Tensor, terms: int = 5) -> Tensor:
         return eye + (q if terms == 2 else 2 * q)
     # By Horner's rule: I + 2Q (I + Q (... (I + Q / 2))).
     inner = torch.add(eye, q, alpha=0.5)
+    plus = torch.baddbmm if q.dim() == 3 else _baddmm
     for _ in range(terms - 3):
-        inner = eye + q @ inner
-    return torch.add(eye, q @ inner, alpha=2)
+        inner = plus(eye, q, inner)
+    return plus(eye, q, inner, alpha=2)
+
+
+def _baddmm(x: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
+    return torch.add(x, a @ b, alpha=alpha)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +209,12 @@ class Givens(Operator):
 
     def apply(self, x: Tensor) -> Tensor:
         first, second = self.sin.unflatten(-1, (-1, 2, self.group // 2)).unbind(-2)
+        if self.group >= _RUN and unrecorded(x, self.cos, self.sin):
+            y = x * self.cos
+            pairs, seen = (t.unflatten(-1, (-1, 2, self.group // 2)).unbind(-2) for t in (y, x))
+            pairs[0].addcmul_(seen[1], first, value=-1)
+            pairs[1].addcmul_(seen[0], second)
+            return y
         return torch.addcmul(x * self.cos, self._swap(x), torch.stack((-first, second), dim=-2).flatten())
 
     @property
