@@ -13,7 +13,7 @@ from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError, TargetError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
-from peft.operators import Bilinear, cayley, neumann, skew
+from peft.operators import LowRank, cayley, neumann, skew
 from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Add, Update
@@ -114,9 +114,9 @@ class Psoft(WeightMethod, peft_type="PSOFT", config=PsoftConfig):
         return {name: tensor for name, tensor in tensors.items() if tensor.numel()}  # HF PEFT keeps (0,) for r = 1
 
     def update(self, p: Parts, host: Host) -> Update:
-        turn = rotation(p.psoft_R, p.config, p.r)
-        middle = turn - torch.eye(p.r, dtype=turn.dtype, device=turn.device)
-        return Add(Bilinear(p.psoft_A, middle, p.psoft_B, p.scaling), dropout=p.dropout)
+        up = p.psoft_B
+        up = torch.addmm(up, up, rotation(p.psoft_R, p.config, p.r), beta=-1)  # B R - B
+        return Add(LowRank(p.psoft_A, up, p.scaling), dropout=p.dropout)
 
 
 def principal(weight: Tensor, config: PsoftConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +142,7 @@ def rotation(group: nn.ParameterDict, config: PsoftConfig, r: int) -> Tensor:
                 q = q * (config.cayley_neumann_eps / norm.clamp_min(config.cayley_neumann_eps))
             turn = neumann(q, config.num_cayley_neumann_terms)
         else:
-            turn = cayley(-q)
+            turn = cayley(q).mT  # that of -Q
     if "vector_a" in group:
         turn = turn * group["vector_a"]
     return turn * group["vector_b"][:, None] if "vector_b" in group else turn

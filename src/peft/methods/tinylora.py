@@ -14,7 +14,7 @@ from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
-from peft.operators import Bilinear
+from peft.operators import LowRank
 from peft.parts import Parts
 from peft.slots import Slot, group
 from peft.updates import Add, Update
@@ -101,8 +101,9 @@ class TinyLora(WeightMethod, peft_type="TINYLORA", config=TinyLoraConfig):
         p.tinylora_B.copy_(u[:, : p.r] * root)
 
     def update(self, p: Parts, host: Host) -> Update:
-        middle = torch.einsum("u,ukr->kr", p.tinylora_v[p.tinylora_group], p.tinylora_P)
-        op = Bilinear(p.tinylora_A, middle, p.tinylora_B)
+        projections = p.tinylora_P
+        middle = (p.tinylora_v[p.tinylora_group] @ projections.flatten(1)).view(projections.shape[1:])
+        op = LowRank(p.tinylora_A, p.tinylora_B @ middle)
         return Add(op.T if host.one_hot else op, dropout=p.dropout)
 
 
