@@ -34,15 +34,18 @@ _ABOVE: dict[tuple[int, torch.device], Tensor] = {}
 
 def _above(size: int, like: Tensor) -> Tensor:
     """Where the strict upper triangle of a matrix of this size lies in its memory, row by row."""
-    mine = eager() and type(like) in (Tensor, nn.Parameter)  # fake tensors meet no real ones
-    found = _ABOVE.get((size, like.device)) if mine else None
+    if not eager() or type(like) not in (Tensor, nn.Parameter):  # fake tensors meet no real ones
+        return _triangle(size, like.device)
+    found = _ABOVE.get((size, like.device))
     if found is None:
         with torch.inference_mode(False):
-            rows, cols = torch.triu_indices(size, size, 1, device=like.device)
-            found = rows * size + cols
-        if mine:
-            _ABOVE[size, like.device] = found
+            found = _ABOVE[size, like.device] = _triangle(size, like.device)
     return found
+
+
+def _triangle(size: int, device: torch.device) -> Tensor:
+    rows, cols = torch.triu_indices(size, size, 1, device=device)
+    return rows * size + cols
 
 
 def cayley(q: Tensor) -> Tensor:
