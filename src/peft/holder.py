@@ -26,7 +26,7 @@ from peft.errors import (
     nearest,
 )
 from peft.hosts import Host
-from peft.hosts.base import bare
+from peft.hosts.base import bare, blank
 from peft.hosts.parameter import ParameterHost, lend
 from peft.method import Site, WeightMethod, method_of
 from peft.parts import Parts
@@ -77,12 +77,12 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         parameter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.training = base_layer.training
-        self._dispatched = self._uncalled = self._disable_adapters = False
-        # Past nn.Module.__setattr__, which looks for modules and parameters: there are thousands of layers.
-        self.__dict__.update({name: {} for name in _BY_NAME}, _active_adapter=[], merged_adapters=[])
+        state = self.__dict__
+        state.update(blank(), training=base_layer.training, _active_adapter=[], merged_adapters=[])
+        state.update(_dispatched=False, _uncalled=False, _disable_adapters=False)
+        for name in _BY_NAME:
+            state[name] = {}
+        self._modules["base_layer"] = base_layer
         if parameter_name is not None:
             self.parameter_name = parameter_name
         if adapter_name is not None:

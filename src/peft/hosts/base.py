@@ -174,15 +174,23 @@ def supported() -> list[str]:
     return sorted(name.rpartition(".")[2] for name in _HOSTS)
 
 
-_BLANK = list(vars(nn.Module()).items())
+_BLANK = vars(nn.Module())
+_FLAGS = {name: value for name, value in _BLANK.items() if not hasattr(value, "copy")}
+_EMPTY = [(name, type(value)) for name, value in _BLANK.items() if name not in _FLAGS]
+
+
+def blank() -> dict[str, Any]:
+    """What `nn.Module.__init__` sets; not by `nn.Module.__setattr__`, since large models get thousands of modules."""
+    attributes = _FLAGS.copy()
+    for name, kind in _EMPTY:
+        attributes[name] = kind()
+    return attributes
 
 
 def bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:
     """A module of a given class without running its `__init__`, which would fill weights that are thrown away."""
     module = cls.__new__(cls)
-    # What nn.Module.__init__ does, past nn.Module.__setattr__: adapters of large models are thousands of modules.
-    module.__dict__.update({name: value.copy() if hasattr(value, "copy") else value for name, value in _BLANK})
-    module.__dict__.update(attributes)
+    module.__dict__.update(blank(), **attributes)
     return module
 
 
