@@ -430,7 +430,8 @@ class Form:
         return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     def _run(self, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        add, kind = self.add, type(self.add)
+        add: Any = self.add
+        kind = type(add)
         if kind is After:
             y = self.op.to(x.dtype).apply(_linear(x, weight, None if add.keep_bias else bias))
             return y + bias.to(y.dtype) if add.keep_bias and bias is not None else y
