@@ -141,7 +141,7 @@ def test_fourier_at_every_frequency(out: int, inner: int) -> None:
 def test_wavelet_quadrants_of_haar(place: tuple[int, int], signs: list[list[int]]) -> None:
     low, high = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
     quadrant = torch.tensor([[2 * place[0]], [2 * place[1]]])
-    op = ops.Wavelet(quadrant, torch.ones(1, dtype=torch.float64), low, high, 4, 4)
+    op = ops.Wavelet(quadrant, torch.ones(1, dtype=torch.float64), torch.stack((low, high)), 4, 4)
     expected = torch.zeros(4, 4, dtype=torch.float64)
     expected[:2, :2] = torch.tensor(signs) / 2
     assert_is(op, expected)
@@ -158,7 +158,7 @@ def test_wavelet_coefficients_lie_in_the_middle_of_the_padded_grid() -> None:
             if 0 <= i + 4 - 2 * k < 6:
                 expected[i, k], expected[i, 4 + k] = low[i + 4 - 2 * k], high[i + 4 - 2 * k]
     torch.testing.assert_close(bands, expected)
-    op = ops.Wavelet(torch.tensor([[0], [1]]), torch.ones(1, dtype=torch.float64), low, high, 4, 4)
+    op = ops.Wavelet(torch.tensor([[0], [1]]), torch.ones(1, dtype=torch.float64), torch.stack((low, high)), 4, 4)
     assert_is(op, torch.outer(expected[:, 2], expected[:, 3]))
 
 
@@ -202,7 +202,7 @@ def test_cheap_forms_are_known_to_be_cheap() -> None:
         ops.Neumann(torch.empty(32, 496), 32, 32),
         ops.Fold(torch.empty(32, wide), *size),
         ops.Fourier(places, torch.empty(500), *size),
-        ops.Wavelet(places, torch.empty(500), torch.empty(4), torch.empty(4), *size),
+        ops.Wavelet(places, torch.empty(500), torch.empty(2, 4), *size),
     ]
     for op in cheap:
         assert op.flops(tokens) < 0.7 * op.flops_dense(tokens), type(op).__name__

@@ -102,7 +102,10 @@ SAMPLES: dict[str, Callable[[Source, int, int, int], Operator]] = {
     "fourier": lambda s, p, q, r: ops.Fourier(*places(s, p + q, q, 2 * r), p + q, q, 2.0),
     "fourier_transposed": lambda s, p, q, r: ops.Fourier(*places(s, p, q, 3 * r), p, q).T,
     "wavelet_synthesis": lambda s, p, q, r: ops.WaveletSynthesis(s(2 * r), s(2 * r), p),
-    "wavelet": lambda s, p, q, r: ops.Wavelet(*places(s, p, q, 3), s(2 * r), s(2 * r), p, q, 0.5),
+    "wavelet": lambda s, p, q, r: ops.Wavelet(*places(s, p, q, 3), s(2, 2 * r), p, q, 0.5),
+    "wavelet_fixed": lambda s, p, q, r: ops.Wavelet(
+        *places(s, p, q, 3), torch.arange(4.0 * r).view(2, -1).double(), p, q
+    ),
     "sum": lambda s, p, q, r: ops.Sum((low_rank(s, p, q, r), ops.Dense(s(p, q)))),
     "sum_low_rank": lambda s, p, q, r: ops.Sum((low_rank(s, p, q, r), low_rank(s, p, q, 1))),
     "product": lambda s, p, q, r: ops.Product(ops.Dense(s(p, q)), ops.Diagonal(s(q))),

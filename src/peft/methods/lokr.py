@@ -119,7 +119,8 @@ class LoKr(Lycoris, peft_type="LOKR", config=LoKrConfig):
     def right(self, p: Parts) -> Operator:
         """D (k, q · taps)."""
         if p.has("lokr_w2"):
-            return Dense(p.lokr_w2.flatten(1))
+            whole = p.lokr_w2
+            return Dense(whole if whole.dim() == 2 else whole.flatten(1))
         if not p.has("lokr_t2"):
             return LowRank(p.lokr_w2_b, p.lokr_w2_a)
         down = torch.einsum("ijt,jq->iqt", p.lokr_t2.flatten(2), p.lokr_w2_b).flatten(1)

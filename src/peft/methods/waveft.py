@@ -116,5 +116,4 @@ class WaveFT(WeightMethod, peft_type="WAVEFT", config=WaveFTConfig):
         index, values, sizes = p.waveft_indices, p.waveft_spectrum, (host.out_features, host.in_features)
         if not p.waveft_use_idwt:
             return Add(Scaled(Sparse(index, values, *sizes), p.waveft_scaling))
-        low, high = p.waveft_filters
-        return Add(Wavelet(index, values, low, high, *sizes, p.waveft_scaling))
+        return Add(Wavelet(index, values, p.waveft_filters, *sizes, p.waveft_scaling))

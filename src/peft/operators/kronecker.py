@@ -23,6 +23,7 @@ class Kronecker(Operator):
     left: Tensor | Operator
     right: Tensor | Operator
     scale: Scale = 1.0
+    brief = True
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, chunk, expect, gemm, rfft_flops, scaled, unrecorded, widened
+from peft.operators.base import Operator, Scale, chunk, eager, expect, gemm, rfft_flops, scaled, unrecorded, widened
 
 GATHERED = 512.0
 """What gathering, scaling and scattering one element costs, in floating point operations of a GEMM.
@@ -270,54 +270,102 @@ class Wavelet(Operator):
 
     `values` (k,) lie at `index`, (2, k) or flat (k,), of an (`out`, `inner`) matrix that is padded to even sizes, and
     by the length L of the filters less two, half of it before. Its quadrants are the approximation, the details
-    along the rows' axis (right) and the columns' axis (below), and those of both. Shapes: `low`, `high` (L,).
+    along the rows' axis (right) and the columns' axis (below), and those of both.
+
+    Shapes: `filters` (2, L), those of reconstruction, low-pass and high-pass.
     """
 
     index: Tensor
     values: Tensor
-    low: Tensor
-    high: Tensor
+    filters: Tensor
     out: int
     inner: int
     scale: Scale = 1.0
+    brief = True
 
     def __post_init__(self) -> None:
-        even = self.low.shape == self.high.shape and self.low.shape[0] % 2 == 0
-        expect(even, self, "low and high are two filters of one even length")
+        even = self.filters.shape[0] == 2 and self.filters.shape[1] % 2 == 0
+        expect(even, self, "filters (2, L) are two of one even length")
         expect(self.index.shape[-1] == self.values.shape[0], self, "index (2, k) or (k,) and values (k,) share k")
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.out, self.inner
 
+    @property
+    def _length(self) -> int:
+        return self.filters.shape[1]
+
+    def _coefficients(self) -> tuple[tuple[int, Tensor, Tensor], tuple[int, Tensor, Tensor]]:
+        """For rows and for columns: how many coefficients a band has, and the band and place in it (k,) of each."""
+        (rows, cols), before = rows_and_columns(self.index, self.inner), self._length // 2 - 1
+        rows, cols = rows + before, cols + before
+        tall, wide = ((size + size % 2 + self._length - 2) // 2 for size in self.shape)
+        # The quadrant on the right holds the detail along the rows' axis: in a separable transform it lies below.
+        return (tall, cols // wide, rows % tall), (wide, rows // tall, cols % wide)
+
     def _parts(self) -> tuple[WaveletSynthesis, Sparse, WaveletSynthesis]:
         """Left synthesis, coefficients, right synthesis: the matrix is `left @ coefficients @ right.T`."""
-        left = WaveletSynthesis(self.low, self.high, self.out)
-        right = WaveletSynthesis(self.low, self.high, self.inner)
-        (rows, cols), before = rows_and_columns(self.index, self.inner), self.low.shape[0] // 2 - 1
-        tall, wide = left.shape[1] // 2, right.shape[1] // 2
-        rows, cols = rows + before, cols + before
-        down, along = rows // tall, cols // wide
-        # The quadrant on the right holds the detail along the rows' axis: in a separable transform it lies below.
-        place = torch.stack((rows % tall + along * tall, cols % wide + down * wide))
+        low, high = self.filters
+        left, right = (WaveletSynthesis(low, high, size) for size in self.shape)
+        (tall, row_band, rows), (wide, col_band, cols) = self._coefficients()
+        place = torch.stack((rows + row_band * tall, cols + col_band * wide))
         return left, Sparse(place, scaled(self.values, self.scale), 2 * tall, 2 * wide), right
+
+    @property
+    def _few(self) -> bool:
+        """Whether the entries that coefficients reach, L² each, are few, or few beside those of the matrix."""
+        few = self.values.shape[0] * self._length**2 <= max(1 << 14, self.out * self.inner // 16)
+        return few and eager() and not self.filters.requires_grad  # they are kept, which compilers don't follow
+
+    @cached_property
+    def _reached(self) -> tuple[Tensor, Tensor]:
+        """The entries (k L²,) that coefficients reach, counted row by row, and what ones make there (k, L²)."""
+        spans = []
+        for size, (_, band, place) in zip(self.shape, self._coefficients(), strict=True):
+            at = 2 * place[:, None] + torch.arange(2 - self._length, 2, device=place.device)
+            inside = (at >= 0) & (at < size)
+            spans.append((at.clamp(0, size - 1), self.filters[band] * inside))
+        (rows, tall), (cols, wide) = spans
+        places = rows[:, :, None] * self.inner + cols[:, None, :]
+        return places.flatten(), (tall[:, :, None] * wide[:, None, :]).flatten(1)
+
+    def _entries(self) -> Sparse:
+        places, waves = self._reached
+        values = scaled(self.values, self.scale)[:, None] * waves
+        return Sparse(places, values.flatten(), self.out, self.inner)
 
     def apply(self, x: Tensor) -> Tensor:
         left, middle, right = self._parts()
         return left.apply(middle.apply(right.analyse(x)))
 
     def dense(self) -> Tensor:
+        if self._few:
+            return self._entries().dense()
         left, middle, right = self._parts()
         return left.apply(right.apply(middle.dense()).mT).mT
+
+    def onto(self, weight: Tensor) -> Tensor:
+        return self._entries().onto(weight) if self._few else weight + self.dense()
+
+    def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._few or isinstance(self.scale, Tensor):
+            return super().pull_dense(grad)
+        places, waves = self._reached
+        found = (grad.flatten().index_select(0, places).view(waves.shape) * waves).sum(1)
+        return self.values, scaled(found, self.scale)
 
     def flops(self, tokens: int) -> float:
         return tokens * (GATHERED * self.values.shape[0] + self._flops_bands(1, 1))
 
     def flops_dense(self, tokens: int) -> float:
-        build = GATHERED * self.values.shape[0] + self._flops_bands(self.out + self.low.shape[0], self.inner)
+        if self._few:
+            build = GATHERED * self.values.shape[0] * self._length**2 + self.out * self.inner
+        else:
+            build = GATHERED * self.values.shape[0] + self._flops_bands(self.out + self._length, self.inner)
         return build + gemm(tokens, self.out, self.inner)
 
     def _flops_bands(self, rows: int, cols: int) -> float:
         """Operations of `rows` transforms of the length of a row, and `cols` of the length of a column."""
-        length = self.low.shape[0]
+        length = self._length
         return gemm(rows, self.inner + length, length) + gemm(cols, self.out + length, length)
