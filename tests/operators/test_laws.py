@@ -98,6 +98,7 @@ SAMPLES: dict[str, Callable[[Source, int, int, int], Operator]] = {
     "neumann_terms": lambda s, p, q, r: ops.Neumann(packed(s, p, q), p, q, terms=r + 1),
     "butterfly": lambda s, p, q, r: ops.Butterfly(s(r, p, q, q), s.orders(r, p * q)),
     "sparse": lambda s, p, q, r: ops.Sparse(*places(s, p, q, 2 * r), p, q),
+    "lone_sparse": lambda s, p, q, r: ops.LoneSparse(*places(s, p, q, 2 * r), p, q),
     "sparse_flat": lambda s, p, q, r: ops.Sparse((s.places(p, q, 2)[0] * q).int(), s(min(2, p * q)), p, q),
     "fourier": lambda s, p, q, r: ops.Fourier(*places(s, p + q, q, 2 * r), p + q, q, 2.0),
     "fourier_transposed": lambda s, p, q, r: ops.Fourier(*places(s, p, q, 3 * r), p, q).T,
@@ -337,3 +338,72 @@ def test_transforms_in_chunks_equal_differentiated_ones(kind, sizes, monkeypatch
     assert pulled is not None
     (found,) = torch.autograd.grad(pulled[1], source, pulled[2])
     torch.testing.assert_close((pulled[0], found), torch.autograd.grad(wanted, (x, source), grad), **EXACT)
+
+
+def _middle() -> Operator:
+    places = torch.tensor([[4, 0, 2, 2, 0], [1, 3, 0, 0, 4]])
+    return ops.Sum((ops.Diagonal(_learnt(5)), ops.Sparse(places, _learnt(5), 5, 5)))
+
+
+def _learnt(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def _frozen(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+PULLED: dict[str, Callable[[], Operator]] = {
+    "dense": lambda: ops.Dense(_learnt(4, 6)),
+    "diagonal": lambda: ops.Diagonal(_learnt(6)),
+    "sparse": lambda: ops.Sparse(torch.tensor([[0, 2, 2, 2], [5, 1, 1, 0]]), _learnt(4), 3, 6),
+    "sparse, flat": lambda: ops.Sparse(torch.tensor([17, 3, 3], dtype=torch.int32), _learnt(3), 4, 6),
+    "sum": _middle,
+    "bilinear": lambda: ops.Bilinear(_frozen(5, 6), _learnt(3, 5), _frozen(4, 3), 2.0),
+    "bilinear of a sum": lambda: ops.Bilinear(_frozen(5, 6), _middle(), _frozen(4, 5), 2.0),
+}
+
+
+@pytest.mark.parametrize("few", [0, 16])
+@pytest.mark.parametrize("name", PULLED)
+def test_what_is_pulled_is_the_gradient(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.operators.sparse._FEW", few)
+    monkeypatch.setattr("peft.operators.sparse._LITTLE", few)
+    torch.manual_seed(0)
+    op = PULLED[name]()
+    out, inner = op.shape
+    x, grad = _learnt(7, inner), _frozen(7, out)
+    leaves = [t for t in _leaves(op) if t.requires_grad]
+    matrix = op.dense()
+    with torch.no_grad():
+        torch.testing.assert_close(op.apply(x), x @ matrix.mT, **EXACT)
+    wanted = torch.autograd.grad(x @ matrix.mT, (x, *leaves), grad, retain_graph=True)
+    pulled = op.pull(x.detach(), grad, need_x=True)
+    if pulled is None:
+        assert few  # gathering is left to be differentiated
+    else:
+        back, source, found = pulled
+        torch.testing.assert_close((back, *torch.autograd.grad(source, leaves, found)), wanted, **EXACT)
+    source, found = op.pull_dense(grad.mT @ x.detach())
+    torch.testing.assert_close(torch.autograd.grad(source, leaves, found), wanted[1:], **EXACT)
+
+
+def _leaves(op: Operator) -> list[Tensor]:
+    values = [getattr(op, name) for name in op.__match_args__]
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return [
+        t
+        for part in parts
+        for t in ([part] if isinstance(part, Tensor) else _leaves(part) if isinstance(part, Operator) else [])
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compressed_rows_know_every_dtype(dtype: torch.dtype) -> None:
+    places = torch.randperm(64 * 48, generator=torch.Generator().manual_seed(0))[:1500]
+    op = ops.Sparse(places, torch.randn(1500).to(dtype), 64, 48)
+    x = torch.randn(2, 50, 48).to(dtype)
+    assert op._sorts(x)
+    y = op.apply(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), x.double() @ op.dense().double().mT, rtol=1e-2, atol=1e-1)

@@ -13,7 +13,7 @@ from peft.config import TargetedConfig
 from peft.errors import ConfigError, TargetError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
-from peft.operators import Bilinear, Diagonal, Operator, Sparse, Sum
+from peft.operators import Bilinear, Diagonal, LoneSparse, Operator, Sum
 from peft.parts import Parts
 from peft.slots import BufferDict, Slot
 from peft.updates import Add, Update
@@ -157,6 +157,6 @@ class Frod(WeightMethod, peft_type="FROD", config=FrodConfig):
         basis, size = p.frod_V[p.frod_kind], host.in_features
         middle: Operator = Diagonal(p.frod_lambda_l - p.frod_start)
         if p.has("frod_lambda_s_values"):  # a (1, 1) matrix has no place off its diagonal
-            sparse = Sparse(p.frod_s_indices[p.frod_kind], p.frod_lambda_s_values, size, size)
+            sparse = LoneSparse(p.frod_s_indices[p.frod_kind], p.frod_lambda_s_values, size, size)
             middle = Sum((middle, sparse))
         return Add(Bilinear(basis.mT, middle, p.frod_U), None, p.dropout)

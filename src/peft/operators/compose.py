@@ -31,6 +31,17 @@ class Sum(Operator):
     def dense(self) -> Tensor:
         return reduce(torch.add, [term.dense() for term in self.terms])
 
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        pulled = [term.pull(x, grad, need_x) for term in self.terms]
+        if None in pulled:
+            return None
+        backs, *ways = zip(*pulled, strict=True)  # type: ignore[arg-type]
+        return reduce(torch.add, backs) if need_x else None, *map(_joined, ways)
+
+    def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        sources, found = zip(*(term.pull_dense(grad) for term in self.terms), strict=True)
+        return _joined(sources), _joined(found)
+
     def columns(self, index: Tensor) -> Tensor:
         return reduce(torch.add, [term.columns(index) for term in self.terms])
 
@@ -131,3 +142,7 @@ class Scaled(Operator):
 
     def flops_dense(self, tokens: int) -> float:
         return self.op.flops_dense(tokens)
+
+
+def _joined(tensors: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, Transposed, expect, gemm, scaled
+from peft.operators.base import Operator, Scale, Transposed, act, cheapest, expect, gemm, scaled
+from peft.operators.plain import as_operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,21 +96,36 @@ class Bilinear(Operator):
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
-    def _middle(self) -> Tensor:
-        return self.middle.dense() if isinstance(self.middle, Operator) else self.middle
-
     def _low_rank(self) -> LowRank:
         # the r x k middle goes to the input side, so that the tokens see two thin products and not three
-        return LowRank(self._middle() @ self.down, self.up, self.scale)
+        return LowRank(act(as_operator(self.middle), self.down.mT).mT, self.up, self.scale)
 
     def apply(self, x: Tensor) -> Tensor:
-        return F.linear(scaled(F.linear(F.linear(x, self.down), self._middle()), self.scale), self.up)
+        return self._up(F.linear(x, self.down))
+
+    def _up(self, h: Tensor) -> Tensor:
+        return F.linear(scaled(act(as_operator(self.middle), h), self.scale), self.up)
+
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        if self.down.requires_grad or self.up.requires_grad or isinstance(self.scale, Tensor):
+            return None
+        middle = as_operator(self.middle)
+        pulled = middle.pull(F.linear(x, self.down), scaled(grad @ self.up, self.scale), need_x)
+        if pulled is None:
+            return None
+        back, source, found = pulled
+        return None if back is None else back @ self.down, source, found
+
+    def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if self.down.requires_grad or self.up.requires_grad or isinstance(self.scale, Tensor):
+            return super().pull_dense(grad)
+        return as_operator(self.middle).pull_dense(scaled(self.up.mT @ grad @ self.down.mT, self.scale))
 
     def dense(self) -> Tensor:
         return self._low_rank().dense()
 
     def columns(self, index: Tensor) -> Tensor:
-        return F.linear(scaled(F.linear(F.embedding(index, self.down.mT), self._middle()), self.scale), self.up)
+        return self._up(F.embedding(index, self.down.mT))
 
     @property
     def T(self) -> Bilinear:
@@ -121,11 +137,11 @@ class Bilinear(Operator):
 
     def flops(self, tokens: int) -> float:
         (out, k), (r, inner) = self.up.shape, self.down.shape
-        return gemm(tokens, r, inner) + gemm(tokens, k, r) + gemm(tokens, out, k)
+        return gemm(tokens, r, inner) + cheapest(as_operator(self.middle), tokens) + gemm(tokens, out, k)
 
     def flops_dense(self, tokens: int) -> float:
-        (out, k), (r, inner) = self.up.shape, self.down.shape
-        return gemm(k, inner, r) + gemm(out, inner, k) + gemm(tokens, out, inner)
+        (out, k), inner = self.up.shape, self.down.shape[1]
+        return cheapest(as_operator(self.middle), inner) + gemm(out, inner, k) + gemm(tokens, out, inner)
 
 
 @dataclass(frozen=True, eq=False)

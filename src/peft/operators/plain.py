@@ -23,6 +23,9 @@ class Dense(Operator):
     def dense(self) -> Tensor:
         return self.matrix
 
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        return grad @ self.matrix.detach() if need_x else None, self.matrix, grad.mT @ x
+
     @property
     def T(self) -> Dense:
         return Dense(self.matrix.mT)
@@ -47,6 +50,12 @@ class Diagonal(Operator):
 
     def dense(self) -> Tensor:
         return torch.diag(self.d)
+
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        return grad * self.d.detach() if need_x else None, self.d, (grad * x).sum(0)
+
+    def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return self.d, grad.diagonal()
 
     @property
     def T(self) -> Diagonal:

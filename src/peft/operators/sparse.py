@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,24 @@ GATHERED = 512.0
 
 Between the 170 measured on a CPU and the 2000 that memory bandwidth allows an accelerator.
 """
+
+_FEW, _LITTLE = 16, 1 << 16
+"""Tokens, and elements to gather for them, up to which that costs a CPU less than sorting places and multiplying by
+compressed rows."""
+
+
+@cache
+def _compresses() -> bool:
+    """Whether torch was built to multiply by compressed sparse rows on a CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first matrix in this layout says that it is in beta
+        try:
+            place = torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1)
+            matrix = torch.sparse_csr_tensor(*place)
+            torch.sparse.sampled_addmm(matrix, matrix @ torch.ones(1, 1), torch.ones(1, 1))
+        except RuntimeError:
+            return False
+    return True
 
 
 def rows_and_columns(index: Tensor, inner: int) -> tuple[Tensor, Tensor]:
@@ -56,9 +75,39 @@ class Sparse(Operator):
         return rows * self.inner + cols
 
     def apply(self, x: Tensor) -> Tensor:
+        if self._sorts(x) and unrecorded(x, self.values):
+            matrix, _ = self._compressed(self.values)
+            return (matrix @ widened(x).reshape(-1, self.inner).mT).mT.to(x.dtype).reshape(*x.shape[:-1], self.out)
         rows, cols = rows_and_columns(self.index, self.inner)
         y = x.new_zeros(*x.shape[:-1], self.out)
         return y.index_add(-1, rows, x.index_select(-1, cols) * self.values)
+
+    def _sorts(self, x: Tensor) -> bool:
+        plain = type(x) is Tensor and x.device.type == "cpu"
+        return plain and not self._gathers(x.numel() // self.inner) and eager() and _compresses()
+
+    def _gathers(self, tokens: int) -> bool:
+        return tokens <= _FEW or tokens * self.values.shape[0] <= _LITTLE
+
+    def _compressed(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A matrix of compressed rows that holds `values` (k,), and the order in which it does."""
+        places, size = self._places(), self.out * self.inner
+        if size < 2**31:  # which sorts in half the time
+            places = places.int()
+        places, order = places.sort()
+        starts = torch.arange(0, size + 1, self.inner, dtype=places.dtype)
+        rows = torch.searchsorted(places, starts, out_int32=places.dtype == torch.int32)
+        held = widened(values.detach()).index_select(0, order)
+        return torch.sparse_csr_tensor(rows, places % self.inner, held, self.shape, check_invariants=False), order
+
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        if not self._sorts(x):
+            return None
+        with torch.no_grad():
+            matrix, order = self._compressed(self.values)
+            found = torch.sparse.sampled_addmm(matrix, widened(grad).mT, widened(x), beta=0.0).values()
+            pulled = torch.empty_like(found).index_copy_(0, order, found)
+            return self.T.apply(grad) if need_x else None, self.values, pulled.to(self.values.dtype)
 
     def dense(self) -> Tensor:
         zeros = self.values.new_zeros(self.out * self.inner)
@@ -92,6 +141,18 @@ class Sparse(Operator):
 
     def flops_dense(self, tokens: int) -> float:
         return GATHERED * self.values.shape[0] + self.out * self.inner + gemm(tokens, self.out, self.inner)
+
+
+class LoneSparse(Sparse):
+    """`Sparse` that stands beside no weight to add it to, so that a product of its own is worth its cost (FRoD)."""
+
+    rounds = False
+
+    def flops(self, tokens: int) -> float:
+        if self.values.device.type != "cpu":
+            return super().flops(tokens)
+        # Measured: gathering costs as 100 operations, sorting once as 2000, and a product by compressed rows as 16.
+        return (100.0 * tokens if self._gathers(tokens) else 2000.0 + 16.0 * tokens) * self.values.shape[0]
 
 
 def _spectrum(x: Tensor) -> Tensor:
@@ -201,9 +262,23 @@ class Fourier(Operator):
             total = (found[:, 0] + sign * found[:, 1]) * (self.scale)
         return back, self.values, total.to(self.values.dtype)
 
+    @cached_property
+    def _places(self) -> Tensor:
+        rows, cols = rows_and_columns(self.index, self.inner)
+        return rows * self.inner + cols
+
     def dense(self) -> Tensor:
-        grid = Sparse(self.index, widened(self.values), self.out, self.inner).dense()
-        return scaled(torch.fft.ifft2(grid).real, self.scale).to(self.values.dtype)
+        places, values = self._places if eager() else self.index, scaled(widened(self.values), self.scale)
+        grid = Sparse(places, values, self.out, self.inner).dense()
+        return torch.fft.ifft2(grid).real.to(self.values.dtype)
+
+    def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.scale, Tensor):
+            return super().pull_dense(grad)
+        with torch.no_grad():
+            # The matrix is a sum of cosines, so its transpose is the transform itself.
+            found = torch.fft.ifft2(widened(grad)).real.flatten().index_select(0, self._places)
+            return self.values, scaled(found, self.scale).to(self.values.dtype)
 
     def columns(self, index: Tensor) -> Tensor:
         if index.numel() == 0:
