@@ -316,6 +316,25 @@ def test_entries_lie_onto_a_weight_as_a_sum_would():
     torch.testing.assert_close(found, torch.autograd.grad(op.dense(), op.values, grad)[0])
 
 
+@pytest.mark.parametrize(("out", "inner"), [(6, 8), (7, 5), (1, 3)])
+@pytest.mark.parametrize("kind", ["Fourier", "Wavelet"])
+def test_built_transforms_know_their_gradients(kind, out, inner):
+    flat = torch.randperm(out * inner)[:5]
+    places, values = torch.stack(_divmod(flat, inner)), torch.randn(len(flat), dtype=torch.float64, requires_grad=True)
+    filters = torch.randn(2, 4, dtype=torch.float64)
+    made = {
+        "Fourier": lambda: ops.Fourier(places, values, out, inner, 3.0),
+        "Wavelet": lambda: ops.Wavelet(places, values, filters, out, inner, 3.0),
+    }
+    op, grad, weight = made[kind](), torch.randn(out, inner, dtype=torch.float64), torch.randn(out, inner).double()
+    by_columns = op.apply(torch.eye(inner, dtype=torch.float64)).mT
+    torch.testing.assert_close(op.dense(), by_columns, **EXACT)
+    torch.testing.assert_close(op.onto(weight), weight + by_columns, **EXACT)
+    source, found = op.pull_dense(grad)
+    wanted = torch.autograd.grad(by_columns, values, grad)
+    torch.testing.assert_close(torch.autograd.grad(source, values, found), wanted, **EXACT)
+
+
 @pytest.mark.parametrize("sizes", [(8, 12), (7, 9), (12, 5), (1, 1)])
 @pytest.mark.parametrize("kind", ["Fourier", "BlockCirculant"])
 def test_transforms_in_chunks_equal_differentiated_ones(kind, sizes, monkeypatch):

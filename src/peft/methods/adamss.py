@@ -14,7 +14,7 @@ from peft.errors import ConfigError, StateError
 from peft.hosts import Host
 from peft.layer import AdaptedLayer
 from peft.method import Site, WeightMethod
-from peft.operators import Bilinear
+from peft.operators import LowRank
 from peft.parts import Parts
 from peft.slots import Sizes, Slot
 from peft.updates import Add, Update
@@ -127,10 +127,10 @@ class Adamss(WeightMethod, peft_type="ADAMSS", config=AdamssConfig):
 
     def update(self, p: Parts, host: Host) -> Update:
         blocks = torch.block_diag(*p.adamss_B.values())
-        up, middle = blocks[p.scatter_index.to(blocks.device)], torch.cat(list(p.adamss_A.values()))
-        inner = host.in_features
-        shift = up @ (middle @ p.adamss_newB[:, inner]) if p.adamss_newB.shape[1] > inner else None
-        return Add(Bilinear(p.adamss_newB[:, :inner], middle, up), shift)
+        up, inner = blocks[p.scatter_index.to(blocks.device)], host.in_features
+        down = torch.cat(list(p.adamss_A.values())) @ p.adamss_newB
+        shift = up @ down[:, inner] if down.shape[1] > inner else None
+        return Add(LowRank(down[:, :inner], up), shift)
 
 
 _BLIND = (
