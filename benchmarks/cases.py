@@ -42,9 +42,27 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "GraLoRA r32": ("GraloraConfig", {"r": 32}),
     "DeLoRA r16": ("DeloraConfig", {"r": 16}),
     "HiRA r16": ("HiraConfig", {"r": 16}),
+    "VB-LoRA r4": ("VBLoRAConfig", {"r": 4, "num_vectors": 64, "vector_length": 64}),
+    "PVeRA r256": ("PveraConfig", {"r": 256}),
+    "TinyLoRA": ("TinyLoraConfig", {}),
+    "PSOFT r16": ("PsoftConfig", {"r": 16}),
+    "OSF": ("OSFConfig", {}),
+    "Uni-LoRA r4": ("UniLoraConfig", {"r": 4}),
+    "PEANuT": ("PeanutConfig", {}),
+    "GLoRA": ("GloraConfig", {}),
+    "FRoD": ("FrodConfig", {}),
+    "DEFT": ("DeftConfig", {}),
+    "BEFT": ("BeftConfig", {}),
+    "AdaMSS": ("AdamssConfig", {}),
+    "SuperTuning": ("SupertuningConfig", {}),
 }
-WIDE = ("LoRA r16", "DoRA r16", "LoHa r8", "OFT b32")
-"""Methods that are measured in float32 as well."""
+SHAPES = {
+    "1 token, 2048 × 2048": (1, 2048, 2048),
+    "32 tokens, 2048 × 2048": (32, 2048, 2048),
+    "8192 tokens, 256 × 256": (8192, 256, 256),
+}
+"""Tokens, inputs and outputs of layers beside the square ones of 1024."""
+SHAPED = ("LoRA r16", "DoRA r16", "LoHa r8", "OFT b32", "VeRA r256")
 DROPOUT = {"LoRA r16": "lora_dropout", "DoRA r16": "lora_dropout"}
 
 
@@ -107,8 +125,17 @@ def config(method: str, **more: Any) -> Any:
 # one layer
 
 
-def layer(side: str, method: str, dtype: str, dropout: float, inner: int = WIDTH, out: int = WIDTH) -> Job:
-    """Forward and backward of one adapted layer, input gradient included."""
+def layer(
+    side: str,
+    method: str,
+    dtype: str,
+    dropout: float = 0.0,
+    inner: int = WIDTH,
+    out: int = WIDTH,
+    tokens: int = TOKENS,
+    train: bool = True,
+) -> Job:
+    """Forward and backward of one adapted layer, input gradient included; or in inference forward alone."""
     import peft
 
     model = Single(inner, out, DTYPES[dtype])
@@ -118,9 +145,9 @@ def layer(side: str, method: str, dtype: str, dropout: float, inner: int = WIDTH
         options = {DROPOUT[method]: dropout} if dropout else {}
         model = peft.get_peft_model(model, config(method, target_modules=["lin"], **options))
         module = model.get_base_model().lin
-        model.train()
-    x = torch.randn(TOKENS, inner, dtype=DTYPES[dtype], requires_grad=True)
-    grad = torch.randn(TOKENS, out, dtype=DTYPES[dtype])
+        model.train(train)
+    x = torch.randn(tokens, inner, dtype=DTYPES[dtype], requires_grad=train)
+    grad = torch.randn(tokens, out, dtype=DTYPES[dtype])
     parameters = [p for p in module.parameters() if p.requires_grad]
 
     def step(_: Any) -> None:
@@ -129,8 +156,13 @@ def layer(side: str, method: str, dtype: str, dropout: float, inner: int = WIDTH
             p.grad = None
         module(x).backward(grad)
 
+    def run(_: Any) -> None:
+        with torch.no_grad():
+            module(x)
+
     weights = [*frozen, *parameters, *(b for b in model.buffers())]
-    return Job(step, repeats=2, forward=lambda: module(x), frozen=weights)
+    repeats = max(2, 20 * WIDTH**3 // (inner * out * max(tokens, 32)) // (1 if train else 2))
+    return Job(step if train else run, repeats=min(repeats, 40), forward=lambda: module(x), frozen=weights)
 
 
 # one model
@@ -348,7 +380,7 @@ def merge(side: str, method: str, back: bool) -> Job:
 def _layers() -> list[Case]:
     found = []
     for method in METHODS:
-        for dtype in DTYPES if method in WIDE else ["bf16"]:
+        for dtype in DTYPES:
             for dropout in (0.0, 0.1) if method in DROPOUT else (0.0,):
                 name = f"{method}, {dtype}" + (", dropout" if dropout else "")
                 make = partial(layer, method=method, dtype=dtype, dropout=dropout)
@@ -356,6 +388,18 @@ def _layers() -> list[Case]:
     for shape, (inner, out) in {"1024 -> 4096": (1024, 4096), "4096 -> 1024": (4096, 1024)}.items():
         make = partial(layer, method="LoRA r16", dtype="bf16", dropout=0.0, inner=inner, out=out)
         found.append(Case("layer", f"LoRA r16, bf16, {shape}", make, floor=True, counted=True))
+    return found
+
+
+def _shapes() -> list[Case]:
+    found = []
+    for name, (tokens, inner, out) in SHAPES.items():
+        for method in SHAPED:
+            for dtype in DTYPES:
+                make = partial(layer, method=method, dtype=dtype, inner=inner, out=out, tokens=tokens)
+                found.append(Case("shapes", f"{method}, {dtype}, {name}", make, floor=True))
+                make = partial(make, train=False)
+                found.append(Case("shapes", f"{method}, {dtype}, {name}, inference", make, floor=True))
     return found
 
 
@@ -389,6 +433,7 @@ def _all() -> list[Case]:
         Case("load", "50th", partial(load, already=49)),
         *(Case("switch", what, partial(switch, what=what)) for what in ("set_adapter", "state dict", "save")),
         *_layers(),
+        *_shapes(),
         *_models(),
         Case("inference", "LoRA r16, 256 tokens", partial(inference, method="LoRA r16", tokens=256), floor=True),
         Case("inference", "LoRA r16, 1 token", partial(inference, method="LoRA r16", tokens=1), floor=True),
