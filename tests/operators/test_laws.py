@@ -379,6 +379,8 @@ PULLED: dict[str, Callable[[], Operator]] = {
     "sparse, flat": lambda: ops.Sparse(torch.tensor([17, 3, 3], dtype=torch.int32), _learnt(3), 4, 6),
     "sum": _middle,
     "bilinear": lambda: ops.Bilinear(_frozen(5, 6), _learnt(3, 5), _frozen(4, 3), 2.0),
+    "bilinear between two": lambda: ops.Bilinear(_learnt(5, 6), ops.Diagonal(_learnt(5)), _frozen(4, 5), 2.0),
+    "bilinear, all of it": lambda: ops.Bilinear(_learnt(5, 6), _learnt(3, 5), _learnt(4, 3), 2.0),
     "bilinear of a sum": lambda: ops.Bilinear(_frozen(5, 6), _middle(), _frozen(4, 5), 2.0),
 }
 

@@ -14,7 +14,7 @@ from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError, TargetError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
-from peft.operators import LowRank, Operator, Scaled
+from peft.operators import Bilinear, Diagonal
 from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
@@ -92,12 +92,12 @@ class RandLora(WeightMethod, peft_type="RANDLORA", config=RandLoraConfig):
     def update(self, p: Parts, host: Host) -> Update:
         gamma, count = p.randlora_gamma, p.randlora_gamma.shape[0]
         large = max(host.in_features, host.out_features)
-        down = p.randlora_lambda[:, :, None] * p.randlora_A[:, :, : gamma.shape[1]] * gamma
+        down = p.randlora_A[:, :, : gamma.shape[1]] * gamma
         # The bases are told apart by the second dimension of both; the reference pairs the two in different orders
         # (rank-major and basis-major), and files are made for that.
         down, up = down.flatten(0, 1), p.randlora_B[:large, :count].flatten(1)
-        op: Operator = LowRank(down, up)
-        return Add(Scaled(op if host.in_features <= host.out_features else op.T, p.scaling), dropout=p.dropout)
+        op = Bilinear(down, Diagonal(p.randlora_lambda.flatten()), up, p.scaling)
+        return Add(op if host.in_features <= host.out_features else op.T, dropout=p.dropout)
 
     def to_file(self, p: Parts, name: str, tensor: Tensor, config: RandLoraConfig) -> dict[str, Tensor]:
         if name != "randlora_lambda" or not config.save_projection:

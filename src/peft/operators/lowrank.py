@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.operators.base import Operator, Scale, Transposed, act, cheapest, expect, gemm, scaled
-from peft.operators.plain import as_operator
+from peft.operators.plain import Diagonal, as_operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +96,11 @@ class Bilinear(Operator):
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
+    def keeps(self, x: Tensor) -> bool:
+        # The projection of x, before and after it is scaled, in place of x.
+        narrows = not self.down.requires_grad and 2 * self.down.shape[0] <= self.down.shape[1]
+        return narrows and isinstance(self.middle, Diagonal) and x.element_size() >= 4
+
     def _low_rank(self) -> LowRank:
         # the r x k middle goes to the input side, so that the tokens see two thin products and not three
         return LowRank(act(as_operator(self.middle), self.down.mT).mT, self.up, self.scale)
@@ -107,14 +112,24 @@ class Bilinear(Operator):
         return F.linear(scaled(act(as_operator(self.middle), h), self.scale), self.up)
 
     def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
-        if self.down.requires_grad or self.up.requires_grad or isinstance(self.scale, Tensor):
+        if isinstance(self.scale, Tensor):
             return None
-        middle = as_operator(self.middle)
-        pulled = middle.pull(F.linear(x, self.down), scaled(grad @ self.up, self.scale), need_x)
+        middle, down, up = as_operator(self.middle), self.down.detach(), self.up.detach()
+        hidden = F.linear(x, down)
+        pulled = middle.pull(hidden, scaled(grad @ up, self.scale), need_x or self.down.requires_grad)
         if pulled is None:
             return None
-        back, source, found = pulled
-        return None if back is None else back @ self.down, source, found
+        back, *ways = pulled
+        found = [tuple(ways)]
+        if self.down.requires_grad:
+            found.append((self.down, back.mT @ x))  # type: ignore[union-attr]
+        if self.up.requires_grad:
+            with torch.no_grad():
+                found.append((self.up, grad.mT @ scaled(act(middle, hidden), self.scale)))
+        source, pull = (
+            found[0] if len(found) == 1 else (torch.cat([t.flatten() for t in way]) for way in zip(*found, strict=True))
+        )
+        return back @ down if need_x else None, source, pull  # type: ignore[operator]
 
     def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         if self.down.requires_grad or self.up.requires_grad or isinstance(self.scale, Tensor):
