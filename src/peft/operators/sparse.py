@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,18 @@ def rows_and_columns(index: Tensor, inner: int) -> tuple[Tensor, Tensor]:
     """Places given as (2, k) or flat, row by row, as (k,) -> rows (k,) and columns (k,), int64."""
     index = index.long()
     return (index // inner, index % inner) if index.dim() == 1 else (index[0], index[1])
+
+
+Kept = TypeVar("Kept")
+
+
+def _kept(op: Operator, name: str, make: Callable[[], Kept], *tensors: Tensor) -> Kept:
+    """What `make` makes of constant tensors, as long as these stay what they are."""
+    now = [None if t.is_inference() else (t._version, t.data_ptr()) for t in tensors]
+    found = op.__dict__.get(name)
+    if found is None or found[0] != now or None in now:
+        found = op.__dict__[name] = (now, make())
+    return found[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +235,11 @@ class Fourier(Operator):
     def _chunk(self) -> int:
         return chunk(self.values, max(self.out, self.inner))
 
-    @cached_property
+    @property
     def _folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _kept(self, "_halves", self._fold, self.index)
+
+    def _fold(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Places (k,) of rows and of columns in half spectra; weights (k,) that irfft makes of 1; signs (k,) of
         imaginary parts."""
         rows, cols = rows_and_columns(self.index, self.inner)
@@ -262,10 +279,13 @@ class Fourier(Operator):
             total = (found[:, 0] + sign * found[:, 1]) * (self.scale)
         return back, self.values, total.to(self.values.dtype)
 
-    @cached_property
+    @property
     def _places(self) -> Tensor:
-        rows, cols = rows_and_columns(self.index, self.inner)
-        return rows * self.inner + cols
+        def make() -> Tensor:
+            rows, cols = rows_and_columns(self.index, self.inner)
+            return rows * self.inner + cols
+
+        return _kept(self, "_flat", make, self.index)
 
     def dense(self) -> Tensor:
         places, values = self._places if eager() else self.index, scaled(widened(self.values), self.scale)
@@ -393,8 +413,11 @@ class Wavelet(Operator):
         few = self.values.shape[0] * self._length**2 <= max(1 << 14, self.out * self.inner // 16)
         return few and eager() and not self.filters.requires_grad  # they are kept, which compilers don't follow
 
-    @cached_property
+    @property
     def _reached(self) -> tuple[Tensor, Tensor]:
+        return _kept(self, "_spread", self._reach, self.index, self.filters)
+
+    def _reach(self) -> tuple[Tensor, Tensor]:
         """The entries (k L²,) that coefficients reach, counted row by row, and what ones make there (k, L²)."""
         spans = []
         for size, (_, band, place) in zip(self.shape, self._coefficients(), strict=True):
