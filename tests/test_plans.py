@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -49,7 +51,9 @@ def forgetful(model: PeftModel, x: Tensor) -> Tensor:
 
 def kept(layer: AdaptedLayer) -> bool:
     return any(
-        plan is not None and plan.stands() for plans in layer._caches.get("plans", ()) for plan in plans.values()
+        plan is not None and plan.stands(layer.__dict__)
+        for plans in layer._caches.get("plans", ())
+        for plan in plans.values()
     )
 
 
@@ -156,6 +160,20 @@ def test_what_is_computed_is_not_kept():
     with torch.no_grad():
         model(torch.randn(3, 12))
     assert not kept(layer)
+
+
+def test_a_model_that_is_dropped_is_gone_at_once():
+    model, layer = adapted(lora())
+    with torch.no_grad():
+        model(torch.randn(3, 12))
+    assert kept(layer)
+    there = weakref.ref(layer)
+    gc.disable()
+    try:
+        del model, layer
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_nothing_kept_is_copied_or_pickled():

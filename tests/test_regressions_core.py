@@ -26,6 +26,7 @@ from peft import (
 from peft.auxiliary import ModulesToSaveWrapper
 from peft.errors import AdapterNameError, LoadError, StateError, TargetError, UnsupportedError
 from peft.functional import set_adapter
+from peft.layer import AdaptedLayer
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 IDS = torch.arange(6)
@@ -376,10 +377,16 @@ def test_an_option_that_a_config_does_not_have_is_named_with_the_nearest():
     assert Own(note="kept", r=3).r == 3
 
 
-def test_unloading_lets_go_of_the_old_weights():
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0", "1"]))
-    adapted = list(model.base_model.model)
-    old = [weakref.ref(layer.base_layer.weight) for layer in adapted]
+def test_unloading_lets_go_of_the_old_weights_one_by_one(monkeypatch):
+    model = get_peft_model(nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))), LoraConfig(r=2, target_modules=r"\d"))
+    old = [weakref.ref(layer.base_layer.weight) for layer in model.base_model.model]
+    there, merge = [], AdaptedLayer.merge
+
+    def counting(*args, **kwargs):
+        merge(*args, **kwargs)
+        there.append(sum(reference() is not None for reference in old))
+
+    monkeypatch.setattr(AdaptedLayer, "merge", counting)
     model.merge_and_unload()
-    assert not any(layer._originals for layer in adapted)
-    assert all(reference() is None for reference in old)
+    assert there == [5, 4, 3, 2, 1]
+    assert not any(reference() for reference in old)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _NOTHING: Any = object()
 
 Read = tuple[Any, Any, Any]
-"""A dict, a key and the value that was read there."""
+"""A dict, a key and the value that was read there. None for the layer's own dict, which would hold itself."""
 UNSEEN: Read = ({}, "", _NOTHING)
 """A read that can't be looked at again."""
 
@@ -58,7 +58,7 @@ class Parts:
         if values.__class__ is dict and adapter in values:
             value = values[adapter]
             if reads is not None:
-                reads += (layer.__dict__, name, values), (values, adapter, value)
+                reads += (None, name, values), (values, adapter, value)
             return value
         held: Any = layer._modules.get(layer._stored.get(name, name))
         if held is not None:
@@ -119,7 +119,7 @@ class Parts:
         """Whether this is a forward pass in training mode."""
         layer = self.layer
         if self._reads is not None:
-            self._reads.append((layer.__dict__, "training", layer.training))
+            self._reads.append((None, "training", layer.training))
         return self.running and layer.training
 
     @property

@@ -43,10 +43,10 @@ class Plan:
             self._form = autograd.form(self.updates)
         return self._form
 
-    def stands(self) -> bool:
-        """Whether what was read is still what is there."""
+    def stands(self, own: dict[str, Any]) -> bool:
+        """Whether what was read is still what is there, given the layer's own dict."""
         for home, name, value in self.reads:  # noqa: SIM110  (a loop: this runs in each call of each layer)
-            if home.get(name, ...) is not value:
+            if (own if home is None else home).get(name, ...) is not value:
                 return False
         return True
 
@@ -63,19 +63,19 @@ def plan_of(layer: AdaptedLayer, names: tuple[str, ...], host: Host) -> Plan:
     kept = mine.get(names, ...)
     if kept is None:
         return Plan(layer._updates(names, host, True), [])
-    if kept is not ... and kept.stands():
+    if kept is not ... and kept.stands(layer.__dict__):
         return kept
     reads: list[Read] = []
     made = Plan(layer._updates(names, host, True, reads), reads)
-    mine[names] = made if _only_read(made, recorded) else None
+    mine[names] = made if _only_read(made, layer, recorded) else None
     return made
 
 
-def _only_read(made: Plan, recorded: bool) -> bool:
+def _only_read(made: Plan, layer: AdaptedLayer, recorded: bool) -> bool:
     """Whether a plan holds nothing that was computed, so that it stands as long as what was read does."""
     read = {id(value) for _, _, value in made.reads}
     kinds = Add, After, Before, Magnitude, Shift
-    return made.stands() and all(type(u) in kinds and _read(u, read, recorded) for u in made.updates)
+    return made.stands(layer.__dict__) and all(type(u) in kinds and _read(u, read, recorded) for u in made.updates)
 
 
 def _read(value: Any, read: set[int], recorded: bool, default: Any = ...) -> bool:

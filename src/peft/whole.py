@@ -226,9 +226,8 @@ def unload(
         for key, m in model.named_modules()
         if isinstance(m, (AdaptedLayer, AuxiliaryTrainingWrapper)) and id(m) not in tokens
     ]
-    if progress:
-        todo = _with_progress(todo, "Merging" if merge else "Unloading")
-    for key, module in reversed(list(todo)):
+    for _ in _with_progress(range(len(todo)), "Merging" if merge else "Unloading") if progress else range(len(todo)):
+        key, module = todo.pop()  # let go of, or all weights would be there twice until the last is merged
         if isinstance(module, AuxiliaryTrainingWrapper):
             left = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         else:
@@ -237,7 +236,6 @@ def unload(
                     warnings.simplefilter("ignore", PeftWarning)
                     module.merge(safe_merge, adapter_names)
             left = module.base_layer
-            module._originals = {}  # or all weights would be there twice until the last is merged
         if not key:
             return left
         parent_key, _, name = key.rpartition(".")
@@ -280,7 +278,7 @@ def check_merge(model: nn.Module, safe_merge: bool = False, adapter_names: Seque
         module.check_merge(safe_merge, adapter_names)
 
 
-def _with_progress(items: list[Any], text: str) -> Any:
+def _with_progress(items: Sequence[Any], text: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(items, desc=text)
