@@ -161,7 +161,7 @@ def layer(
             module(x)
 
     weights = [*frozen, *parameters, *(b for b in model.buffers())]
-    repeats = max(2, 20 * WIDTH**3 // (inner * out * max(tokens, 32)) // (1 if train else 2))
+    repeats = max(2, 4 * WIDTH**3 // (inner * out * max(tokens, 32)))
     return Job(step if train else run, repeats=min(repeats, 40), forward=lambda: module(x), frozen=weights)
 
 

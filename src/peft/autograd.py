@@ -450,7 +450,7 @@ class Form:
 def form(updates: list[Update]) -> Form | None:
     """The fused form of a stack of updates, if there is one for it; else None."""
     update: Any = updates[0] if len(updates) == 1 else _together(updates)
-    add = update.inner if isinstance(update, Magnitude) else update
+    add: Any = update.inner if isinstance(update, Magnitude) else update
     kind = type(add)
     if kind not in (Add, Before, After, Shift):  # subclasses run in their own way
         return None

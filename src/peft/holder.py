@@ -56,6 +56,9 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     host_cls: ClassVar[type[Host]]
     methods: ClassVar[tuple[str, ...]] = ()
     merged_adapters: list[str]
+    _dispatched: bool
+    _uncalled: bool
+    _disable_adapters: bool
     _active_adapter: list[str]
     _adapters: dict[str, Any]
     _stored: dict[str, str]

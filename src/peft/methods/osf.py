@@ -234,7 +234,8 @@ class Thin(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *triplets = ctx.saved_tensors
         tokens, grad = x.reshape(-1, x.shape[-1]), grad.to(x.dtype).reshape(-1, grad.shape[-1])
-        back, *found = Thin.pull(tokens, *triplets, grad, ctx.needs_input_grad[0])
+        up, s, down, u, v = triplets
+        back, *found = Thin.pull(tokens, up, s, down, u, v, grad, ctx.needs_input_grad[0])
         return None if back is None else back.view(x.shape), *found, None, None
 
     @staticmethod
@@ -265,7 +266,8 @@ class Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *Whole.pull(*ctx.saved_tensors, grad), None, None, None
+        up, s, down, u, v = ctx.saved_tensors
+        return *Whole.pull(up, s, down, u, v, grad), None, None, None
 
     @staticmethod
     def pull(up: Tensor, s: Tensor, down: Tensor, u: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

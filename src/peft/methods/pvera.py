@@ -98,7 +98,8 @@ class Noisy(Update):
         y, seen = prev(x), x if self.dropout is None else self.dropout(x)
         dtype = self.d.dtype if x.numel() + y.numel() <= _SMALL else y.dtype
         hidden = F.linear(seen.to(dtype), self.down.to(dtype)) * self.d.to(dtype)
-        change = F.linear(draw(*hidden.chunk(2, -1), self.generator), self.up.to(dtype))
+        mean, log_variance = hidden.chunk(2, -1)
+        change = F.linear(draw(mean, log_variance, self.generator), self.up.to(dtype))
         b = self.b.to(dtype)
         return torch.addcmul(y, change, b) if dtype == y.dtype else y + (change * b).to(y.dtype)
 
@@ -154,4 +155,4 @@ class Pvera(WeightMethod, peft_type="PVERA", config=PveraConfig):
         update = Noisy(down, up, p.pvera_lambda_d, p.pvera_lambda_b, p.dropout, p.generator)
         if not (p.training or p.sample_at_inference):
             return update.added()
-        return update if host.on_input else NoisyPatches(*vars(update).values(), host.groups)
+        return update if host.on_input else NoisyPatches(**vars(update), groups=host.groups)

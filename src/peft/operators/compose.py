@@ -36,7 +36,8 @@ class Sum(Operator):
         if None in pulled:
             return None
         backs, *ways = zip(*pulled, strict=True)  # type: ignore[arg-type]
-        return reduce(torch.add, backs) if need_x else None, *map(_joined, ways)
+        way, found = map(_joined, ways)
+        return reduce(torch.add, backs) if need_x else None, way, found
 
     def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         sources, found = zip(*(term.pull_dense(grad) for term in self.terms), strict=True)
