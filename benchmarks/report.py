@@ -54,8 +54,11 @@ keep a second copy of it.
   `reference=True` this library does that too, in no more time.
 * **Merging** puts new parameters in place of the old and keeps those, so that unmerging restores every bit; the
   reference adds in place. The new ones are fresh memory, which is most of the time and all of its spread.
-* **Small inputs** (under 65,536 elements, input and output together) run by autograd's own nodes: there a call costs
-  more than its arithmetic, and a node in Python more than the bytes it saves.
+* **Few tokens.** Small inputs (under 65,536 elements, input and output together), and those with a sixteenth of W's
+  elements, run by autograd's own nodes: there a call costs more than its arithmetic, or reading W more than all else.
+  LoRA's update, and that of any method which is only parameters and settings, is read off the layer once and kept as
+  long as those are there. What other methods compute from their parameters is computed in each call, as in the
+  reference; with layers of 64 by 64 that is ten to thirty calls of a few microseconds, and ratios from 0.9 to 1.4.
 * **Mixed batches.** Rows are gathered by adapter and meet the stacked factors in two batched products. Called bare, on
   factors that are stacked and rows that are sorted already, those and the frozen layers take 1.5 times what the frozen
   layers take (about 0.3 of the reference): 16 adapters of rank 16 have as many bytes to read as W.
