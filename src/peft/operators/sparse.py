@@ -410,7 +410,7 @@ class Wavelet(Operator):
     @property
     def _few(self) -> bool:
         """Whether the entries that coefficients reach, L² each, are few, or few beside those of the matrix."""
-        few = self.values.shape[0] * self._length**2 <= max(1 << 14, self.out * self.inner // 16)
+        few = self.values.shape[0] * self._length**2 <= max(1 << 14, self.out * self.inner // 128)
         return few and eager() and not self.filters.requires_grad  # they are kept, which compilers don't follow
 
     @property
