@@ -317,7 +317,8 @@ def _pull(
     """Gradients of op x: that of x, and those of the tensors the operator is made of."""
     with torch.enable_grad():
         if _denser(op, x):
-            back = grad @ op.dense().detach() if need_x else None
+            with torch.no_grad():
+                back = grad @ op.dense() if need_x else None
             return back, torch.autograd.grad(*_sources(op.pull_dense(grad.mT @ x), wanted)) if wanted else ()
         pulled = op.pull(x, grad, need_x)
         if pulled is not None:
