@@ -52,6 +52,8 @@ keep a second copy of it.
 * **TIES** elects signs entry by entry of ΔW and cuts the result to a rank; the SVD of each dense layer is two thirds of
   its time. The reference prunes and merges A and B apart, whose product is not the merge of the ΔWs; with
   `reference=True` this library does that too, in no more time.
+* **FRoD** in 16 bits takes the dense form, whose gradient is two more products with the frozen bases than the
+  reference's; in 32 bits both take as long.
 * **Merging** puts new parameters in place of the old and keeps those, so that unmerging restores every bit; the
   reference adds in place. The new ones are fresh memory, which is most of the time and all of its spread.
 * **Few tokens.** Small inputs (under 65,536 elements, input and output together), and those with a sixteenth of W's
