@@ -134,11 +134,12 @@ def layer(
     out: int = WIDTH,
     tokens: int = TOKENS,
     train: bool = True,
+    device: str = "cpu",
 ) -> Job:
     """Forward and backward of one adapted layer, input gradient included; or in inference forward alone."""
     import peft
 
-    model = Single(inner, out, DTYPES[dtype])
+    model = Single(inner, out, DTYPES[dtype]).to(device)
     frozen = list(model.parameters())
     module: nn.Module = model.lin
     if side != "floor":
@@ -146,8 +147,8 @@ def layer(
         model = peft.get_peft_model(model, config(method, target_modules=["lin"], **options))
         module = model.get_base_model().lin
         model.train(train)
-    x = torch.randn(tokens, inner, dtype=DTYPES[dtype], requires_grad=train)
-    grad = torch.randn(tokens, out, dtype=DTYPES[dtype])
+    x = torch.randn(tokens, inner, dtype=DTYPES[dtype], device=device, requires_grad=train)
+    grad = torch.randn(tokens, out, dtype=DTYPES[dtype], device=device)
     parameters = [p for p in module.parameters() if p.requires_grad]
 
     def step(_: Any) -> None:
@@ -162,17 +163,18 @@ def layer(
 
     weights = [*frozen, *parameters, *(b for b in model.buffers())]
     repeats = max(2, 4 * WIDTH**3 // (inner * out * max(tokens, 32)))
-    return Job(step if train else run, repeats=min(repeats, 40), forward=lambda: module(x), frozen=weights)
+    once = step if train else run
+    return Job(once, repeats=min(repeats, 40), forward=lambda: module(x), frozen=weights, device=device)
 
 
 # one model
 
 
-def training_step(side: str, method: str, dtype: str, checkpointing: bool) -> Job:
+def training_step(side: str, method: str, dtype: str, checkpointing: bool, device: str = "cpu") -> Job:
     """Forward, backward and AdamW on a small Llama, all linear layers adapted; the floor has no AdamW."""
     import peft
 
-    model = llama(4, 512, 1408, 4096, DTYPES[dtype])
+    model = llama(4, 512, 1408, 4096, DTYPES[dtype]).to(device)
     frozen = list(model.parameters())
     optimizer = None
     if side != "floor":
@@ -183,7 +185,7 @@ def training_step(side: str, method: str, dtype: str, checkpointing: bool) -> Jo
     if checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    ids = torch.randint(0, 4096, (4, 256))
+    ids = torch.randint(0, 4096, (4, 256), device=device)
     embedded = inner.get_input_embeddings()(ids).detach().requires_grad_(True)
 
     def loss() -> torch.Tensor:
@@ -197,7 +199,7 @@ def training_step(side: str, method: str, dtype: str, checkpointing: bool) -> Jo
         if optimizer is not None:
             optimizer.step()
 
-    return Job(step, forward=loss, frozen=[*frozen, *model.parameters(), *model.buffers()])
+    return Job(step, forward=loss, frozen=[*frozen, *model.parameters(), *model.buffers()], device=device)
 
 
 def inference(side: str, method: str, tokens: int) -> Job:
@@ -316,26 +318,24 @@ def switch(side: str, what: str) -> Job:
 # adapters together
 
 
-def mixed(side: str, adapters: int, rows: int = 32, tokens: int = 1) -> Job:
+def mixed(side: str, adapters: int, rows: int = 32, tokens: int = 1, device: str = "cpu") -> Job:
     """A batch of rows over several adapters, unmerged, on 7 linear layers."""
     import peft
 
-    model = stack(1, 512)
+    model, x = stack(1, 512).to(device), torch.randn(rows, tokens, 512, device=device)
     if side == "floor":
-        x = torch.randn(rows, tokens, 512)
-        return Job(lambda _: model(x), repeats=2)
+        return Job(lambda _: model(x), repeats=2, device=device)
     model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=PROJECTIONS), adapter_name="a0")
     for index in range(1, adapters):
         model.add_adapter(f"a{index}", peft.LoraConfig(r=16, target_modules=PROJECTIONS))
     model.eval()
     names = [f"a{row % adapters}" for row in range(rows)]
-    x = torch.randn(rows, tokens, 512)
 
     def run(_: Any) -> None:
         with torch.no_grad():
             model(x, adapter_names=names)
 
-    return Job(run, repeats=2)
+    return Job(run, repeats=2, device=device)
 
 
 def weighted(side: str, combination: str) -> Job:
@@ -448,4 +448,20 @@ def _all() -> list[Case]:
     return cases
 
 
-CASES = {case.key: case for case in _all()}
+def _on_cuda() -> list[Case]:
+    found = []
+    for method in METHODS:
+        make = partial(layer, method=method, dtype="bf16", device="cuda")
+        found.append(Case("cuda layer", f"{method}, bf16", make, floor=True))
+    for method in ("LoRA r16", "DoRA r16", "LoHa r8", "OFT b32"):
+        make = partial(training_step, method=method, dtype="bf16", checkpointing=False, device="cuda")
+        found.append(Case("cuda model", f"{method}, bf16", make, floor=True))
+    for adapters in (1, 8, 16):
+        make = partial(mixed, adapters=adapters, device="cuda")
+        found.append(Case("cuda mixed", f"32 rows, {adapters} adapters", make, floor=True))
+    return found
+
+
+ON_CUDA = {case.key: case for case in _on_cuda()}
+"""Those that need a GPU; `CASES` has them where there is one."""
+CASES = {case.key: case for case in _all()} | (ON_CUDA if torch.cuda.is_available() else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ class Job:
         repeats: Runs per sample, for work too short for the clock.
         frozen: Tensors that are there anyway (weights): they don't count as kept for backward.
         forward: For steps that have a backward: the part before it, so that what it keeps can be counted.
+        device: Where it runs. On an accelerator the time is that of the wall, until all work there is done.
     """
 
     run: Callable[[Any], Any]
@@ -27,15 +29,28 @@ class Job:
     repeats: int = 1
     frozen: list[Any] = field(default_factory=list)
     forward: Callable[[], Any] | None = None
+    device: str = "cpu"
 
     def sample(self, clock: Clock) -> float:
         """Seconds of one run."""
         prepared = [self.prepare() for _ in range(self.repeats)]
         gc.collect()  # or a sample pays for what the one before left
+        wait, clock = _waiting(self.device, clock)
+        wait()
         start = clock()
         for item in prepared:
             self.run(item)
+        wait()
         return (clock() - start) / self.repeats
+
+
+def _waiting(device: str, clock: Clock) -> tuple[Callable[[], Any], Clock]:
+    """What waits for all work on a device, and the clock to time it with."""
+    if device == "cpu":
+        return lambda: None, clock
+    import torch
+
+    return torch.cuda.synchronize, time.perf_counter
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import ON_CUDA
 from benchmarks.sides import Result
 
 GOALS = {
@@ -146,7 +147,8 @@ def tables(setting: dict[str, Any], results: list[Result]) -> str:
         lines += ["## Left out", ""]
         lines += [f"* {r.group}/{r.name}, {side}: `{why[:160]}`" for r, side, why in failed]
     if not torch.cuda.is_available():
-        lines += ["", "The groups for CUDA (layer, model, mixed on a GPU) were skipped: no GPU here."]
+        groups = ", ".join(dict.fromkeys(case.group for case in ON_CUDA.values()))
+        lines += ["", f"Skipped, for want of a GPU: {groups} ({len(ON_CUDA)} cases)."]
     return "\n".join(lines).rstrip() + "\n"
 
 
