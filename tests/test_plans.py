@@ -176,6 +176,21 @@ def test_a_model_that_is_dropped_is_gone_at_once():
         gc.enable()
 
 
+def test_a_deleted_adapter_is_gone_at_once():
+    model, layer = adapted(lora())
+    model.add_adapter("other", lora())
+    with torch.no_grad():
+        model(torch.randn(3, 12))
+    there = weakref.ref(layer.lora_A["default"].weight)
+    gc.disable()
+    try:
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        assert there() is None
+    finally:
+        gc.enable()
+
+
 def test_nothing_kept_is_copied_or_pickled():
     model, layer = adapted(lora())
     with torch.no_grad():

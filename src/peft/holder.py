@@ -193,7 +193,6 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         settings, made = self._create(method, config, host, site, device, autocast)
         if self._adapters:
             self._forget(name)
-            self._caches.pop("plans", None)
         self._take_on(method)
         self._adapters[name] = config
         for stored, (slot, value) in made.items():
@@ -379,8 +378,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
                 del held[name]
         self._adapters.pop(name, None)
         self._waiting.pop(name, None)
-        self._caches.pop("norms", None)
-        self._caches.pop("rows", None)
+        for kept in ("norms", "rows", "plans"):
+            self._caches.pop(kept, None)
         self._followers.pop(name, None)
         leader = self._leaders.pop(name, None)
         if leader is not None and self in leader._followers.get(name, ()):
