@@ -24,15 +24,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from peft.operators import LowRank, Operator
-from peft.operators.base import made_of
+from peft.operators.base import SMALL, made_of
 from peft.routing import Route
 from peft.updates import Add, After, Base, Before, Magnitude, Shift, Update
 
 _PLAIN = (Tensor, nn.Parameter)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LEVELS = 1 << 16
-_SMALL = 1 << 16
-"""Elements of input and output together up to which calls cost more than what they compute (measured on a CPU)."""
+_SMALL = SMALL
 _BESIDE = 16
 """How many times the elements of input and output a weight has that they are little beside."""
 _AS_IT_IS = nullcontext()

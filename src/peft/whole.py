@@ -63,8 +63,13 @@ def adapted(model: nn.Module) -> tuple[list[AdaptedLayer], list[AuxiliaryTrainin
 
 def _apart(every: Sequence[AdaptedLayer], besides: Sequence[AuxiliaryTrainingWrapper]) -> list[AdaptedLayer]:
     """The layers that are not inside a wrapper, which sees to its own."""
-    tokens = {id(w.token_adapter) for w in besides if isinstance(w, TrainableTokensWrapper)}
-    return [layer for layer in every if id(layer) not in tokens]
+    theirs = _seen_to(besides)
+    return [layer for layer in every if id(layer) not in theirs]
+
+
+def _seen_to(besides: Iterable[AuxiliaryTrainingWrapper]) -> set[int]:
+    """The ids of layers that are inside these wrappers."""
+    return {id(w.token_adapter) for w in besides if isinstance(w, TrainableTokensWrapper)}
 
 
 def _names(every: Sequence[AdaptedLayer], besides: Sequence[AuxiliaryTrainingWrapper]) -> list[str]:
@@ -220,13 +225,14 @@ def unload(
         for layer in layers(model):
             if layer.merged:
                 layer.unmerge()
-    tokens = {id(w.token_adapter) for w in wrappers(model) if isinstance(w, TrainableTokensWrapper)}
+    theirs = _seen_to(wrappers(model))
     todo = [
         (key, m)
         for key, m in model.named_modules()
-        if isinstance(m, (AdaptedLayer, AuxiliaryTrainingWrapper)) and id(m) not in tokens
+        if isinstance(m, (AdaptedLayer, AuxiliaryTrainingWrapper)) and id(m) not in theirs
     ]
-    for _ in _with_progress(range(len(todo)), "Merging" if merge else "Unloading") if progress else range(len(todo)):
+    turns = range(len(todo))
+    for _ in _with_progress(turns, "Merging" if merge else "Unloading") if progress else turns:
         key, module = todo.pop()  # let go of, or all weights would be there twice until the last is merged
         if isinstance(module, AuxiliaryTrainingWrapper):
             left = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)

@@ -14,13 +14,10 @@ from peft.errors import ConfigError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
 from peft.operators import LowRank
-from peft.operators.base import scaled, widened
+from peft.operators.base import SMALL, scaled, widened
 from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Base, Run, Update
-
-_SMALL = 1 << 16
-"""Elements of input and output together up to which calls cost more than what they compute."""
 
 
 @dataclass
@@ -89,7 +86,7 @@ class Exchange(Update):
         if y.numel() > out * inner:
             return self.added(base.weight).forward(x, prev, bias, base)
         writes, reads = self.pair()
-        dtype = writes.dtype if x.numel() + y.numel() <= _SMALL else y.dtype
+        dtype = writes.dtype if x.numel() + y.numel() <= SMALL else y.dtype
         read = (frozen if bias is None else frozen - bias).reshape(-1, out).to(dtype)
         reads, writes = reads.to(dtype), writes.mT.to(dtype)
         if self.puts is None:
@@ -120,10 +117,11 @@ class Deft(WeightMethod, peft_type="DEFT", config=DeftConfig):
     )
 
     def resolve(self, config: DeftConfig, host: Host, site: Site) -> dict[str, Any]:
+        r = min(config.r, host.out_features)
         return {
-            "r": min(config.r, host.out_features),
+            "r": r,
             "deft_decomposition": config.decomposition_method,
-            "deft_scaling": 1.0 if config.alpha is None else config.alpha / min(config.r, host.out_features),
+            "deft_scaling": 1.0 if config.alpha is None else config.alpha / r,
             "replaces": not config.para,
         }
 

@@ -16,12 +16,10 @@ from peft.hosts import Host
 from peft.method import Site, WeightMethod
 from peft.methods.vera import cut, projections, start
 from peft.operators import Dense, Diagonal, DiagonalLowRank
+from peft.operators.base import SMALL
 from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Base, Run, Update
-
-_SMALL = 1 << 16
-"""Elements of input and output together up to which calls cost more than what they compute."""
 
 
 @dataclass
@@ -96,7 +94,7 @@ class Noisy(Update):
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         y, seen = prev(x), x if self.dropout is None else self.dropout(x)
-        dtype = self.d.dtype if x.numel() + y.numel() <= _SMALL else y.dtype
+        dtype = self.d.dtype if x.numel() + y.numel() <= SMALL else y.dtype
         hidden = F.linear(seen.to(dtype), self.down.to(dtype)) * self.d.to(dtype)
         mean, log_variance = hidden.chunk(2, -1)
         change = F.linear(draw(mean, log_variance, self.generator), self.up.to(dtype))

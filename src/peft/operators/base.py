@@ -23,6 +23,9 @@ from peft.errors import ShapeError
 Scale = float | Tensor
 """A number, or a 0-d tensor where the number is learnt or changes without a recompilation."""
 
+SMALL = 1 << 16
+"""Elements of input and output together up to which calls cost more than what they compute (measured on a CPU)."""
+
 Op = TypeVar("Op", bound="Operator")
 
 
