@@ -196,10 +196,10 @@ class AdaptedLayer(AdapterHolder):
         else:
             plan = plan_of(self, names, host)
             updates = plan.updates
-            plain = host.on_input and not args and not kwargs and not x.is_nested
+            plain = host.fuses and not args and not kwargs and not x.is_nested
             if plain and autograd.can_fuse(host.module) and plan.form is not None:
                 weight, bias = (host.weight(), host.bias()) if on_merged else self._frozen(host)
-                y = plan.form.run(call, x, weight, bias)
+                y = host.fused(plan.form, call, x, weight, bias)
                 if y is not None:
                     return y
         if not host.factored or x.is_nested or not all(_runs(u, host) for u in updates):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, act, cheapest, expect, gemm, scaled
+from peft.operators.base import Operator, Scale, act, cheapest, expect, gemm, picked, scaled
 from peft.operators.plain import as_operator
 
 
@@ -119,8 +119,8 @@ class HadamardLowRank(Operator):
         return torch.addcmul(weight, first, second, out=None if torch.is_grad_enabled() else first)
 
     def columns(self, index: Tensor) -> Tensor:
-        first = F.linear(F.embedding(index, self.down1.mT), self.up1)
-        return scaled(first, self.scale) * F.linear(F.embedding(index, self.down2.mT), self.up2)
+        first = F.linear(picked(self.down1, index), self.up1)
+        return scaled(first, self.scale) * F.linear(picked(self.down2, index), self.up2)
 
     @property
     def T(self) -> HadamardLowRank:
