@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -562,12 +563,15 @@ def _operator(
         draw = Dropout.draw(dropout.p if dropout else 0.0)
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = x if dropout is None else dropout(x)
-    dtypes = {part.dtype for part in parts if part.is_floating_point()}  # several, where methods compute under autocast
-    if not small or len(dtypes) > 1:
-        return _run(op.to(x.dtype), before, x, seen, weight, bias, dropout is not None)
-    if x.dtype in dtypes:
+    # Several, where methods compute under autocast, or with W.
+    dtypes = {part.dtype for part in parts if part.is_floating_point()}
+    wide = x.dtype
+    if dtypes and small and (len(dtypes) == 1 or weight.numel() <= _SMALL):
+        wide = reduce(torch.promote_types, dtypes)
+    op = op.to(wide)
+    if wide == x.dtype:
         return _run(op, before, x, seen, weight, bias, dropout is not None)
-    changed = _act(op, seen.to(dtypes.pop()))
+    changed = _act(op, seen.to(wide))
     if before:
         return _linear(changed.to(x.dtype), weight, bias)
     return _linear(x, weight, bias).add_(changed)
