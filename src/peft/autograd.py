@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from peft.operators import LowRank, Operator
+from peft.operators import Diagonal, LowRank, Operator
 from peft.operators.base import SMALL, made_of
 from peft.routing import Route
 from peft.updates import Add, After, Base, Before, Magnitude, Shift, Update
@@ -488,8 +488,10 @@ class Form:
         add: Any = self.add
         kind = type(add)
         if kind is After:
-            y = self.op.to(x.dtype).apply(_linear(x, weight, None if add.keep_bias else bias))
+            y = self.op.on(_linear(x, weight, None if add.keep_bias else bias))
             return y + bias.to(y.dtype) if add.keep_bias and bias is not None else y
+        if kind is Before and self.dropout is None and not torch.is_grad_enabled() and type(self.op) is Diagonal:
+            return _linear(self.op.on(x), weight, bias)
         bias = self.moved(bias, x.dtype)
         if kind is Shift:
             return _linear(x, weight, bias)

@@ -135,7 +135,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return wrapper
 
     def names(self) -> list[str]:
-        return list(self.modules_to_save)
+        return list(self._modules[self.copies]._modules)  # type: ignore[union-attr]  # looked up in each call
 
     def trained(self, name: str) -> Iterator[nn.Parameter]:
         return self.modules_to_save[name].parameters() if name in self.modules_to_save else iter(())
@@ -182,7 +182,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def module(self, name: str | None) -> nn.Module:
         """An adapter's copy, or the original."""
-        return self.original_module if name is None else self.modules_to_save[name]
+        return self.original_module if name is None else self._modules[self.copies]._modules[name]  # type: ignore
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop("adapter_names", None)
@@ -202,8 +202,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         module = self.module(name)
         if name is None or torch.is_autocast_enabled():
             return module(*args, **kwargs)
-        was = next((p.dtype for p in self.original_module.parameters() if p.is_floating_point()), None)
-        now = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+        was, now = _dtype(self.original_module), _dtype(module)
         if was is None or now is None or was == now:
             return module(*args, **kwargs)
         y = module(*(_cast(a, was, now) for a in args), **{k: _cast(v, was, now) for k, v in kwargs.items()})
@@ -237,8 +236,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def settled(self, trained: nn.Module) -> nn.Module:
         """A copy as it stands in the base model: frozen, in the dtype of the original."""
-        dtype = next((p.dtype for p in self.original_module.parameters() if p.is_floating_point()), None)
-        return trained.to(dtype).requires_grad_(False)
+        return trained.to(_dtype(self.original_module)).requires_grad_(False)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -390,6 +388,14 @@ def check_name(adapter_name: str) -> None:
             f"{adapter_name!r} can't name an adapter: adapters are entries of torch modules, which have an attribute "
             f"of that name. Choose another, such as {adapter_name + '_adapter'!r}."
         )
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a module computes in, if it has floating point parameters."""
+    weight = module._parameters.get("weight")  # a walk through all takes longer than a norm
+    if weight is not None and weight.is_floating_point():
+        return weight.dtype
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _cast(value: Any, was: torch.dtype, now: torch.dtype) -> Any:

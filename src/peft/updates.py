@@ -208,7 +208,7 @@ class Before(Update):
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
         seen = x if self.dropout is None else self.dropout(x)
-        return prev(self.op.to(seen.dtype).apply(seen))
+        return prev(self.op.on(seen))
 
     def transposed(self, base: Base) -> Update:
         return After(self.op.T, keep_bias=True)

@@ -132,7 +132,7 @@ class Host:
 
     def out(self, op: Operator, y: Tensor) -> Tensor:
         """`op` on the output features of y."""
-        return op.to(y.dtype).apply(y).to(y.dtype)  # autocast would give its own dtype
+        return op.on(y).to(y.dtype)  # autocast would give its own dtype
 
     def fused(self, form: Form, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The output under a stack of updates in fewer passes over memory than `forward` of each takes; None where

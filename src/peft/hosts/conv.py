@@ -129,7 +129,7 @@ class ConvHost(Host):
 
     def out(self, op: Operator, y: Tensor) -> Tensor:
         channel = y.dim() - self.dimensions - 1
-        return op.to(y.dtype).apply(y.movedim(channel, -1)).movedim(-1, channel)
+        return op.on(y.movedim(channel, -1)).movedim(-1, channel)
 
     def shift(self, y: Tensor, bias: Tensor | None, sign: int = 1) -> Tensor:
         return y if bias is None else super().shift(y, bias[(...,) + (None,) * self.dimensions], sign)

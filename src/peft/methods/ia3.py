@@ -100,7 +100,8 @@ class IA3(WeightMethod, peft_type="IA3", config=IA3Config):
         factors: Tensor = p.ia3_l.flatten()
         if not p.is_feedforward:
             return After(Diagonal(factors))
-        columns = factors.repeat_interleave(math.prod(host.kernel))
+        taps = math.prod(host.kernel)
+        columns = factors if taps == 1 else factors.repeat_interleave(taps)
         if host.groups == 1:
             return Before(Diagonal(columns))
         # Each group of outputs sees channels of its own, so no one matrix stands before W.

@@ -74,6 +74,10 @@ class Operator:
         """x (..., in) -> (..., out), equal to `x @ dense().T`."""
         return F.linear(x, self.dense())
 
+    def on(self, x: Tensor) -> Tensor:
+        """`apply` in the dtype of x."""
+        return self.to(x.dtype).apply(x)
+
     def dense(self) -> Tensor:
         """The matrix itself, (out, in)."""
         like = self.like()

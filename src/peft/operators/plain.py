@@ -48,6 +48,9 @@ class Diagonal(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return x * self.d
 
+    def on(self, x: Tensor) -> Tensor:
+        return x * (self.d if self.d.dtype == x.dtype else self.d.to(x.dtype))
+
     def dense(self) -> Tensor:
         return torch.diag(self.d)
 

@@ -80,13 +80,13 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             # What the decoder makes of its prompt depends on the input, so it goes through with every step.
             with scope(site_of(base), rows, virtual=True, side=1):
                 return base.generate(**kwargs | {"use_cache": False})
-        stack = _geometry.attention_stack(base)
-        if stack is not None and stack.training and is_checkpointed(stack):
+        stack = base.get_submodule(site_of(base).path)
+        if stack.training and is_checkpointed(stack):
             # Checkpointed layers are given no cache, so the virtual tokens go through them at every step.
             with scope(site_of(base), rows, virtual=True):
                 return base.generate(*args, **kwargs | {"use_cache": False})
         rows = _computed(base, rows)
-    with scope(site_of(base), rows):
+    with scope(site_of(base), rows.kept()):
         output = base.generate(*args, **kwargs)
     for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
         if cache is not None:
@@ -331,7 +331,7 @@ def _computed(base: nn.Module, rows: Rows) -> Rows:
     """The keys and values that virtual tokens have in a causal model: nothing after them can change them."""
     from peft.prompts._cache import DynamicCache, layer_tensors
 
-    stack: Any = _geometry.cached_stack(base)
+    stack: Any = base.get_submodule(site_of(base).path)
     embeddings = _geometry.word_embeddings(base)
     device = next(embeddings.parameters()).device
     batch = len(rows.of_sample or ()) or (1 if rows.task_ids is None else len(rows.task_ids))

@@ -93,13 +93,18 @@ def is_encoder_decoder(base_model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model, "config", None), "is_encoder_decoder", False))
 
 
-def position_embeddings(module: nn.Module) -> list[Any]:
-    """The learnt tables of absolute positions inside a module."""
+def named_position_embeddings(module: nn.Module) -> list[tuple[str, Any]]:
+    """The learnt tables of absolute positions inside a module, by path."""
     return [
-        m
+        (name, m)
         for name, m in module.named_modules()
         if isinstance(m, nn.Embedding) and ("position" in name or name.endswith("wpe"))
     ]
+
+
+def position_embeddings(module: nn.Module) -> list[Any]:
+    """The learnt tables of absolute positions inside a module."""
+    return [table for _, table in named_position_embeddings(module)]
 
 
 def counts_positions_along_mask(module: nn.Module) -> bool:
@@ -115,7 +120,9 @@ def first_position(module: nn.Module) -> int:
     return tables[0].padding_idx + 1 if tables else 0
 
 
-def check_length(module: nn.Module, prompt: int, length: int, positions: Tensor | None, mask: Any) -> None:
+def check_length(
+    module: nn.Module, prompt: int, length: int, positions: Tensor | None, mask: Any, tables: list[Any] | None = None
+) -> None:
     """Raise if a prompt and what follows it need more positions than the model's tables hold.
 
     Args:
@@ -124,12 +131,13 @@ def check_length(module: nn.Module, prompt: int, length: int, positions: Tensor 
         length: Number of tokens after them, padding included.
         positions: Positions of the last of them, if the caller gives them.
         mask: Of padding, (batch, keys); it matters where padding takes no position. Prepared masks are not looked at.
+        tables: The module's position embeddings; None: they are looked for.
 
     Raises:
         ShapeError: the sequence is too long.
     """
     of_padding = isinstance(mask, Tensor) and mask.dim() == 2
-    for table in position_embeddings(module):
+    for table in position_embeddings(module) if tables is None else tables:
         taken = 0 if table.padding_idx is None else table.padding_idx + 1
         room = table.num_embeddings - taken - getattr(table, "offset", 0)
         needed = prompt + length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +22,24 @@ class Rows:
             no prompt.
         of_sample: Which stack each sample has; None if there is one for all.
         task_ids: Tasks of the samples, shape (batch,), for multitask prompts.
+        known: Keys and values of layers (by layer and batch) that stay what they are while these rows are used, as in
+            a `generate`; None: computed in each call, as training needs.
+        stack_lengths: Virtual tokens of each stack.
+        length: Virtual tokens before every sample; shorter prompts are padded on the left.
+        ragged: Whether some prompts are shorter than others.
     """
 
     stacks: tuple[tuple[BasePromptEncoder, ...], ...]
     of_sample: tuple[int, ...] | None = None
     task_ids: Tensor | None = None
+    known: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+    stack_lengths: list[int] = field(init=False)
+    length: int = field(init=False)
+    ragged: bool = field(init=False)
 
-    @property
-    def length(self) -> int:
-        """Virtual tokens before every sample; shorter prompts are padded on the left."""
-        return max(sum(e.num_virtual_tokens for e in stack) for stack in self.stacks)
-
-    @property
-    def stack_lengths(self) -> list[int]:
-        return [sum(e.num_virtual_tokens for e in stack) for stack in self.stacks]
-
-    @property
-    def ragged(self) -> bool:
-        """Whether some prompts are shorter than others."""
-        return len(set(self.stack_lengths)) > 1
+    def __post_init__(self) -> None:
+        lengths = [sum(e.num_virtual_tokens for e in stack) for stack in self.stacks]
+        self.__dict__.update(stack_lengths=lengths, length=max(lengths), ragged=len(set(lengths)) > 1)
 
     def per_sample(self, batch: int) -> list[int] | None:
         """Stack of each of `batch` samples. Beams and repeated samples follow their original."""
@@ -86,6 +85,15 @@ class Rows:
 
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What stands before the given keys and values of a layer: each (batch, heads, length, head_dim)."""
+        if self.known is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._keys_values(layer, keys, values)
+        where = layer, len(keys)
+        found = self.known.get(where)
+        if found is None:
+            found = self.known[where] = self._keys_values(layer, keys, values)
+        return found
+
+    def _keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         batch, index = len(keys), self.per_sample(len(keys))
         if keys.shape[-1] != values.shape[-1]:
             raise UnsupportedError(
@@ -114,7 +122,11 @@ class Rows:
 
     def fixed(self, layers: Sequence[tuple[Tensor, Tensor]]) -> FixedRows:
         """The same samples with keys and values that were computed before (each (batch, heads, length, head_dim))."""
-        return FixedRows(self.stacks, self.of_sample, None, tuple(layers))
+        return FixedRows(self.stacks, self.of_sample, None, {}, tuple(layers))
+
+    def kept(self) -> Rows:
+        """The same prompts, for as long as nothing changes them."""
+        return replace(self, known={})
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ class FixedRows(Rows):
 
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
 
-    def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         batch = len(keys)
         first, second = (known.to(keys) for known in self.layers[layer])
         if len(first) == 1:
