@@ -37,10 +37,18 @@ class Host:
     parameter: ClassVar[str] = "weight"
     """The parameter that holds W."""
     bias_parameter: ClassVar[str] = "bias"
+    opaque: ClassVar[bool] = False
+    """Whether the layer itself runs, by kernels of its own, whatever `weight()` says that it holds (quantised layers)."""
+    fuses: ClassVar[bool] = False
+    """Whether the layer is nothing but `act` of its weight and bias, so that its call may be computed past."""
+    fresh: ClassVar[bool] = False
+    """Whether an opaque layer's outputs are new tensors that nobody else holds, so that they may be written over."""
+    writable: ClassVar[bool] = True
+    """Whether the layer can be given another weight, so that adapters can be merged into it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _HOSTS.update(dict.fromkeys(cls.types, cls))
+        _HOSTS.update(dict.fromkeys(cls.__dict__.get("types", ()), cls))
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -61,6 +69,11 @@ class Host:
     def dtype(self) -> torch.dtype:
         """The dtype that the weight has, or is dequantised to."""
         return self.raw.dtype
+
+    @property
+    def backend(self) -> str | None:
+        """What quantised the layer, in the words of HF PEFT (`"bnb 4bit"`); None for plain layers."""
+        return None
 
     @property
     def out_features(self) -> int:
@@ -110,8 +123,13 @@ class Host:
         """W (out, in) in the shape in which the layer stores it."""
         return weight
 
-    def adjust(self, weight: Tensor) -> dict[str, Any]:
-        """Attributes of the layer that must change for it to hold `weight` (groups of a convolution)."""
+    def packed(self, weight: Tensor) -> Tensor:
+        """W (out, in) as the layer stores it: a new tensor, quantised by the layer's own settings where it is."""
+        return self.native(weight).to(self.dtype).contiguous()
+
+    def adjust(self, weight: Tensor, stored: Tensor) -> dict[str, Any]:
+        """Attributes of the layer that must change for it to hold `weight`, packed as `stored` (groups of a
+        convolution, states of quantisers)."""
         return {}
 
     # how it acts
@@ -119,6 +137,10 @@ class Host:
     def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with W and b replaced for this call."""
         raise NotImplementedError
+
+    def differentiable(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output y for x, with a gradient for x even where the layer's own kernel has none."""
+        return y
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
         """The output of a layer whose weight is `op` and whose bias is none."""
@@ -161,8 +183,8 @@ class Host:
         return name
 
 
-def host_class(module: nn.Module) -> type[Host] | None:
-    """The host for a module's type, or None if it can't be adapted."""
+def named_host(module: nn.Module) -> type[Host] | None:
+    """The host registered for a module's class, or for one that it derives from."""
     for cls in type(module).__mro__:
         if (host := _HOSTS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
             return host
@@ -171,7 +193,7 @@ def host_class(module: nn.Module) -> type[Host] | None:
 
 def supported() -> list[str]:
     """Names of the layer types that have a host."""
-    return sorted(name.rpartition(".")[2] for name in _HOSTS)
+    return sorted({name.rpartition(".")[2] for name in _HOSTS})
 
 
 _BLANK = vars(nn.Module())

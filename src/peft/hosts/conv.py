@@ -43,7 +43,7 @@ class ConvHost(Host):
     def native(self, weight: Tensor) -> Tensor:
         return weight.unflatten(1, (-1, *self.raw.shape[2:]))
 
-    def adjust(self, weight: Tensor) -> dict[str, Any]:
+    def adjust(self, weight: Tensor, stored: Tensor) -> dict[str, Any]:
         return {"groups": self._groups(weight)}
 
     def _groups(self, weight: Tensor) -> int:

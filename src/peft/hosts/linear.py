@@ -17,6 +17,7 @@ class LinearHost(Host):
     name = "Linear"
     types = ("torch.nn.modules.linear.Linear",)
     on_input = True
+    fuses = True
 
     def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
