@@ -243,6 +243,12 @@ class AdaptedLayer(AdapterHolder):
 
     def _merge_order(self, names: Sequence[str]) -> list[str]:
         """The merged part of the stack once these adapters are merged as well."""
+        if names and not self.host.writable:
+            raise UnsupportedError(
+                f"{type(self.get_base_layer()).__name__} ({self.host.backend}) can't be given another weight, so nothing "
+                "can be merged into it. Run it unmerged, or load the base model unquantised (or model.dequantize() it, "
+                "in transformers) and merge there: adapters fit both."
+            )
         for name in names:
             method = method_of(self._adapters[name])
             if not method.mergeable:

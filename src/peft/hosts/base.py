@@ -110,8 +110,13 @@ class Host:
         """Sizes that methods may use beyond (out, in); a convolution tells its channels and kernel here."""
         return {}
 
+    @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        """The shape that the stored weight has where nothing quantises it."""
+        return tuple(self.raw.shape)
+
     def weight(self) -> Tensor:
-        """W (out, in), a view where possible."""
+        """W (out, in), a view where possible; dequantised, a new tensor, where the layer is quantised."""
         return self.raw
 
     def bias(self) -> Tensor | None:

@@ -11,6 +11,18 @@ from torch import Tensor
 from peft.hosts.opaque import OpaqueLinearHost
 
 
+def from_4bit(weight: Tensor, state: Any) -> Tensor:
+    """W (out, in) of a packed 4-bit weight with its `QuantState`."""
+    from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
+
+    return functional.dequantize_4bit(weight.data, state)
+
+
+def from_8bit(weight: Tensor, scales: Tensor) -> Tensor:
+    """W (out, in), float32, of an int8 weight with the largest magnitude of each row (out,)."""
+    return weight.data.float() * (scales[:, None] / 127)
+
+
 class _Host(OpaqueLinearHost):
     fresh = True
     writable = True
@@ -50,12 +62,10 @@ class Linear4bitHost(_Host):
         return state.original_dtype if self._repacked else state.dtype
 
     def dense(self) -> Tensor:
-        from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
-
         if self._state is None:
             return self.raw.detach().as_subclass(Tensor)
         # No function of theirs reads the CPU's order without changing the state of the layer. The layer itself does.
-        return self.probed() if self._repacked else functional.dequantize_4bit(self.raw.data, self._state)
+        return self.probed() if self._repacked else from_4bit(self.raw, self._state)
 
     def packed(self, weight: Tensor) -> Tensor:
         old, state = self.raw, self._state
@@ -93,7 +103,7 @@ class Linear8bitHost(_Host):
             return raw.detach().as_subclass(Tensor)
         scales = getattr(raw, "SCB", None)  # there before the first call, in the layer's state after it
         scales = self.module.state.SCB if scales is None else scales
-        return raw.data.float() * (scales[:, None] / 127)
+        return from_8bit(raw, scales)
 
     def packed(self, weight: Tensor) -> Tensor:
         old: Any = self.raw

@@ -101,6 +101,10 @@ class OpaqueLinearHost(SelfRunLinearHost):
         return self._sizes[1]
 
     @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        return self._sizes
+
+    @property
     def _sizes(self) -> tuple[int, int]:
         found = sizes(self.module)
         if found is None:
@@ -196,6 +200,10 @@ class OpaqueEmbeddingHost(EmbeddingHost):
     @property
     def in_features(self) -> int:
         return self.module.num_embeddings
+
+    @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        return self.in_features, self.out_features
 
     @torch.no_grad()
     def weight(self) -> Tensor:

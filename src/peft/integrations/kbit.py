@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from peft.hosts import host_class
+from peft.hosts.opaque import is_packed
+
 
 def require_input_gradients(model: Any) -> None:
     """Make the output of the input embedding require a gradient, so that reentrant checkpoints have something to
@@ -46,9 +49,13 @@ def prepare_model_for_kbit_training(
     quantised = quantised or getattr(model, "quantization_method", None) is not None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if not getattr(model, "is_gptq", False):
-        for parameter in model.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+    for module in model.modules():
+        host = host_class(module)
+        kernels_own = host is not None and host.opaque  # scales and packed floats have the dtype that a kernel reads
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.dtype not in (torch.float16, torch.bfloat16) or is_packed(parameter):
+                continue
+            if not kernels_own or name == host.bias_parameter:
                 parameter.data = parameter.data.float()
     if use_gradient_checkpointing and (quantised or hasattr(model, "gradient_checkpointing_enable")):
         options = dict(gradient_checkpointing_kwargs or {})
