@@ -10,6 +10,8 @@ import torch
 from peft.hosts import host_class
 from peft.hosts.opaque import is_packed
 
+_TAKE_ANY_FLOAT = {"bnb 4bit", "bnb 8bit", "torchao", "quanto"}
+
 
 def require_input_gradients(model: Any) -> None:
     """Make the output of the input embedding require a gradient, so that reentrant checkpoints have something to
@@ -49,13 +51,15 @@ def prepare_model_for_kbit_training(
     quantised = quantised or getattr(model, "quantization_method", None) is not None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for module in model.modules():
-        host = host_class(module)
-        kernels_own = host is not None and host.opaque  # scales and packed floats have the dtype that a kernel reads
+    hosts = {module: host(module) for module in model.modules() if (host := host_class(module)) is not None}
+    backends = {host.backend for host in hosts.values()} - {None}
+    # Other kernels refuse the float32 that would reach them; those layers' own floats (scales) are for the kernel.
+    for module in model.modules() if backends <= _TAKE_ANY_FLOAT else ():
+        keeps = module in hosts and hosts[module].opaque
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.dtype not in (torch.float16, torch.bfloat16) or is_packed(parameter):
                 continue
-            if not kernels_own or name == host.bias_parameter:
+            if not keeps or name == "bias":
                 parameter.data = parameter.data.float()
     if use_gradient_checkpointing and (quantised or hasattr(model, "gradient_checkpointing_enable")):
         options = dict(gradient_checkpointing_kwargs or {})
