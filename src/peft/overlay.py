@@ -64,7 +64,7 @@ def run(form: Form, base: Base, x: Tensor, layer: Callable[[Tensor], Tensor], fr
     seen = x if x.element_size() < dtype.itemsize else x.to(dtype)
     with _no_autocast(x):
         over = _low_rank if form.thin else _operator
-        y = over(y, seen, form, fresh and y.is_contiguous() and not (y.requires_grad and (y.is_leaf or y._is_view())))
+        y = over(y, seen, form, fresh and _may_be_written(y))
     return base.shift(y, add.shift)
 
 
@@ -73,6 +73,11 @@ def _dtype(x: Tensor, y: Tensor) -> torch.dtype:
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if autocast else y.dtype
+
+
+def _may_be_written(y: Tensor) -> bool:
+    """Whether autograd lets an output be written over: not leaves, nor views that a function of its own has made."""
+    return y.is_contiguous() and not (torch.is_grad_enabled() and (y._is_view() or (y.is_leaf and y.requires_grad)))
 
 
 def _no_autocast(x: Tensor) -> Any:

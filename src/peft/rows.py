@@ -150,7 +150,9 @@ def batched(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor) -> Tensor | N
         weight, bias = layer._frozen(host)
         return autograd.mixed(stacked, route, x, partial(autograd._linear, weight=weight, bias=bias))
     y = Call(layer, host, (), {}).run(x)
-    return autograd.mixed(stacked, route, x, lambda flat: y.view(*flat.shape[:-1], -1).to(flat.dtype), False).to(y.dtype)
+    return autograd.mixed(stacked, route, x, lambda flat: y.view(*flat.shape[:-1], -1).to(flat.dtype), False).to(
+        y.dtype
+    )
 
 
 def _dtype(layer: AdaptedLayer, host: Host, x: Tensor) -> torch.dtype | None:

@@ -23,7 +23,9 @@ def host_class(module: nn.Module) -> type[Host] | None:
     if weight is None:
         return OpaqueLinearHost if host is LinearHost and stored(module) else host
     if is_packed(weight):
-        table = PACKED if is_packed_tensor(weight) else {LinearHost: OpaqueLinearHost, EmbeddingHost: OpaqueEmbeddingHost}
+        table = (
+            PACKED if is_packed_tensor(weight) else {LinearHost: OpaqueLinearHost, EmbeddingHost: OpaqueEmbeddingHost}
+        )
         return table.get(host, host)
     return SelfRunLinearHost if host is LinearHost and _runs_itself(module) else host
 
@@ -45,4 +47,6 @@ def _quantised_linear(module: nn.Module) -> bool:
     if weight is not None and not is_packed(weight):
         return False
     least = shape[0] * shape[1] // 2  # half a bit for each element of W
-    return any(is_packed(t) and t.dtype != torch.bool and 8 * t.element_size() * t.numel() >= least for t in held.values())
+    return any(
+        is_packed(t) and t.dtype != torch.bool and 8 * t.element_size() * t.numel() >= least for t in held.values()
+    )
