@@ -245,9 +245,9 @@ class AdaptedLayer(AdapterHolder):
         """The merged part of the stack once these adapters are merged as well."""
         if names and not self.host.writable:
             raise UnsupportedError(
-                f"{type(self.get_base_layer()).__name__} ({self.host.backend}) can't be given another weight, so nothing "
-                "can be merged into it. Run it unmerged, or load the base model unquantised (or model.dequantize() it, "
-                "in transformers) and merge there: adapters fit both."
+                f"Nothing can be merged into {type(self.get_base_layer()).__name__} ({self.host.backend}): how its weight "
+                "is packed is unknown. Run it unmerged, or load the base model unquantised (in transformers, also "
+                "model.dequantize()) and merge there: adapters fit both."
             )
         for name in names:
             method = method_of(self._adapters[name])

@@ -156,10 +156,11 @@ def _read(home: Any, adapter: str, value: Any, tensor: Any) -> tuple[Read, ...]:
 class Call:
     """The frozen layer during one call, as updates see it (`updates.Base`)."""
 
+    _dense: Tensor | None = None
+
     def __init__(self, layer: AdaptedLayer, host: Host, args: tuple, kwargs: dict[str, Any]) -> None:
         self.layer, self.host, self.args, self.kwargs = layer, host, args, kwargs
         self._seen: tuple[Tensor, Tensor] | None = None
-        self._dense: Tensor | None = None
 
     @property
     def _frozen(self) -> Host:
@@ -186,12 +187,9 @@ class Call:
         else:
             frozen = self._frozen
             module = frozen.module if layer.merged_adapters else layer.base_layer
-            y = self._differentiable(frozen, module(x, *self.args, **self.kwargs), x)
+            y = frozen.run(module, x, *self.args, **self.kwargs)
         self._seen = (x, y)
         return y
-
-    def _differentiable(self, host: Host, y: Any, x: Tensor) -> Any:
-        return host.differentiable(y, x) if host.opaque and isinstance(y, Tensor) else y
 
     def remember(self, tensors: tuple[Tensor, ...], scale: Any, make: Callable[[], Tensor]) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or tensors[0].device.type == "meta":
@@ -208,7 +206,7 @@ class Call:
 
     def run_merged(self, x: Tensor) -> Tensor:
         """The base layer as it stands, merged adapters included."""
-        return self._differentiable(self.host, self.layer.base_layer(x, *self.args, **self.kwargs), x)
+        return self.host.run(self.layer.base_layer, x, *self.args, **self.kwargs)
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
         return self.host.lift(op, x)

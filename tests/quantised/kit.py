@@ -131,9 +131,11 @@ def plain(bias: bool = True, seed: int = 0) -> nn.Linear:
     return nn.Linear(INNER, OUT, bias=bias).requires_grad_(False)
 
 
-def quantised(q: Quantiser, bias: bool = True, weight: Tensor | None = None) -> nn.Module:
+def quantised(
+    q: Quantiser, bias: bool = True, weight: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A layer of the quantiser's, of `plain(bias)` or of another weight."""
-    layer = plain(bias)
+    layer = plain(bias).to(dtype)
     if weight is not None:
         layer.weight.copy_(weight)
     with warnings.catch_warnings():

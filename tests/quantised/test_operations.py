@@ -106,7 +106,7 @@ def test_a_merged_part_of_a_stack_stays_a_part_of_it(q):
     layer: Any = model.base_model.model.layer
     with torch.no_grad():
         y, delta = model(x), layer.get_delta_weight("second")
-        assert delta.shape == (96, 64) and delta.dtype == torch.float32
+        assert (delta.shape, delta.dtype) == ((96, 64), torch.float32)
         model.merge_adapter(["second"])
         close(model(x), y, 0.2, "before and after merging the second")
         model.base_model.set_adapter("default")
@@ -157,13 +157,15 @@ def test_safe_merging_refuses_what_is_not_finite(q):
     model, x = adapted(q), batch()
     y = model(x)
     layer: Any = model.base_model.model.layer
+    first = layer.lora_A["default"].weight[0, 0].item()
     with torch.no_grad():
         layer.lora_A["default"].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="Nothing was merged"):
         model.merge_adapter(safe_merge=True)
     with torch.no_grad():
-        layer.lora_A["default"].weight[0, 0] = 0
-    assert not layer.merged and y.isfinite().all() and model(x).isfinite().all()
+        layer.lora_A["default"].weight[0, 0] = first
+    assert not layer.merged
+    same(model(x), y, "outputs before and after")
 
 
 @pytest.mark.parametrize("q", PARAMS)

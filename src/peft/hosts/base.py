@@ -38,7 +38,7 @@ class Host:
     """The parameter that holds W."""
     bias_parameter: ClassVar[str] = "bias"
     opaque: ClassVar[bool] = False
-    """Whether the layer itself runs, by kernels of its own, whatever `weight()` says that it holds (quantised layers)."""
+    """Whether the layer itself runs, by kernels of its own, and `weight()` is made on demand (quantised layers)."""
     fuses: ClassVar[bool] = False
     """Whether the layer is nothing but `act` of its weight and bias, so that its call may be computed past."""
     fresh: ClassVar[bool] = False
@@ -143,9 +143,10 @@ class Host:
         """The layer's output with W and b replaced for this call."""
         raise NotImplementedError
 
-    def differentiable(self, y: Tensor, x: Tensor) -> Tensor:
-        """The layer's output y for x, with a gradient for x even where the layer's own kernel has none."""
-        return y
+    def run(self, layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The output of the layer (or of an adapted one that stands around it), with a gradient for x even where the
+        layer's own kernel has none."""
+        return layer(x, *args, **kwargs)
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
         """The output of a layer whose weight is `op` and whose bias is none."""

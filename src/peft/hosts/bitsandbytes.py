@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft.hosts.opaque import OpaqueLinearHost
+from peft.hosts.opaque import OpaqueLinearHost, StraightThrough
 
 
 def from_4bit(weight: Tensor, state: Any) -> Tensor:
@@ -66,6 +66,13 @@ class Linear4bitHost(_Host):
             return self.raw.detach().as_subclass(Tensor)
         # No function of theirs reads the CPU's order without changing the state of the layer. The layer itself does.
         return self.probed() if self._repacked else from_4bit(self.raw, self._state)
+
+    def run(self, layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (self._repacked and x.requires_grad and torch.is_grad_enabled()):
+            return super().run(layer, x, *args, **kwargs)
+        with torch.no_grad():  # their CPU kernel has no backward, and adds the bias in place of what autograd watches
+            y = layer(x, *args, **kwargs)
+        return StraightThrough.apply(y, x, self)
 
     def packed(self, weight: Tensor) -> Tensor:
         old, state = self.raw, self._state

@@ -61,10 +61,14 @@ class SelfRunLinearHost(LinearHost):
     opaque = True
     fuses = False
 
-    def differentiable(self, y: Tensor, x: Tensor) -> Tensor:
-        if y.requires_grad or not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return y
-        return StraightThrough.apply(y, x, self)
+    def run(self, layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = layer(x, *args, **kwargs)
+        return StraightThrough.apply(y, x, self) if _lost(x) and isinstance(y, Tensor) and not y.requires_grad else y
+
+
+def _lost(x: Tensor) -> bool:
+    """Whether an output of x that has no gradient has lost it."""
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class OpaqueLinearHost(SelfRunLinearHost):
@@ -219,8 +223,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, host: Host) -> Tensor:
         ctx.host, ctx.dtype = host, x.dtype
-        ctx.mark_dirty(y)
-        return y
+        return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
