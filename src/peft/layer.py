@@ -245,8 +245,8 @@ class AdaptedLayer(AdapterHolder):
         """The merged part of the stack once these adapters are merged as well."""
         if names and not self.host.writable:
             raise UnsupportedError(
-                f"Nothing can be merged into {type(self.get_base_layer()).__name__} ({self.host.backend}): how its weight "
-                "is packed is unknown. Run it unmerged, or load the base model unquantised (in transformers, also "
+                f"Nothing can be merged into {type(self.get_base_layer()).__name__} ({self.host.backend}): how its "
+                "weight is packed is unknown. Run it unmerged, or load the base model unquantised (in transformers, also "
                 "model.dequantize()) and merge there: adapters fit both."
             )
         for name in names:
