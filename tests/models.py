@@ -295,7 +295,14 @@ def example(name: str, dtype: torch.dtype = torch.float32, batch: int = BATCH, s
         return {"x": plain[name]()}
     if name.startswith("L."):
         kind = name[2:].split("_")[0]
-        space = {"Conv1d": (4, 6), "Conv2d": (4, 6, 6), "Conv3d": (4, 3, 3, 3), "BatchNorm1d": (16,), "bnb8": (5, 64), "bnb4": (5, 64)}
+        space = {
+            "Conv1d": (4, 6),
+            "Conv2d": (4, 6, 6),
+            "Conv3d": (4, 3, 3, 3),
+            "BatchNorm1d": (16,),
+            "bnb8": (5, 64),
+            "bnb4": (5, 64),
+        }
         if kind == "Embedding":
             return {"x": tokens(TOKENS, 32)}
         return {"x": numbers(*space.get(kind, (5, 16)))}

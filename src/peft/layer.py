@@ -246,8 +246,8 @@ class AdaptedLayer(AdapterHolder):
         if names and not self.host.writable:
             raise UnsupportedError(
                 f"Nothing can be merged into {type(self.get_base_layer()).__name__} ({self.host.backend}): how its "
-                "weight is packed is unknown. Run it unmerged, or load the base model unquantised (in transformers, also "
-                "model.dequantize()) and merge there: adapters fit both."
+                "weight is packed is unknown. Run it unmerged, or load the base model unquantised (or dequantised, by "
+                "transformers' model.dequantize()) and merge there: adapters fit both."
             )
         for name in names:
             method = method_of(self._adapters[name])

@@ -186,6 +186,23 @@ def test_quantised_embeddings():
         close(model(ids), weight.mT, 1e-5, "running and merging")
 
 
+def test_embeddings_with_weights_of_torchao():
+    ao = pytest.importorskip("torchao.quantization")
+    holder = nn.Sequential(nn.Embedding(12, 64)).requires_grad_(False)
+    config = ao.IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=ao.PerAxis(0))
+    ao.quantize_(holder, config, filter_fn=lambda module, name: isinstance(module, nn.Embedding))
+    model = peft.get_peft_model(holder, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    ids = torch.arange(12)
+    with torch.no_grad():
+        y = model(ids)
+        weight, _ = model.base_model.model[0].effective()
+        close(y, weight.mT, 1e-6, "running and merging")
+        model.merge_adapter()
+        close(model(ids), y, 0.03, "merged and not")
+        model.unmerge_adapter()
+        same(model(ids), y, "before and after")
+
+
 def test_preparing_a_quantised_model_raises_norms_and_not_what_kernels_read():
     class Model(nn.Module):
         def __init__(self, layer: nn.Module) -> None:

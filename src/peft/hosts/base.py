@@ -43,8 +43,6 @@ class Host:
     """Whether the layer is nothing but `act` of its weight and bias, so that its call may be computed past."""
     fresh: ClassVar[bool] = False
     """Whether an opaque layer's outputs are new tensors that nobody else holds, so that they may be written over."""
-    writable: ClassVar[bool] = True
-    """Whether the layer can be given another weight, so that adapters can be merged into it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -74,6 +72,11 @@ class Host:
     def backend(self) -> str | None:
         """What quantised the layer, in the words of HF PEFT (`"bnb 4bit"`); None for plain layers."""
         return None
+
+    @property
+    def writable(self) -> bool:
+        """Whether the layer can be given another weight, so that adapters can be merged into it."""
+        return True
 
     @property
     def out_features(self) -> int:

@@ -25,8 +25,11 @@ def from_8bit(weight: Tensor, scales: Tensor) -> Tensor:
 
 class _Host(OpaqueLinearHost):
     fresh = True
-    writable = True
     parameter = "weight"  # type: ignore[assignment]
+
+    @property
+    def writable(self) -> bool:
+        return True
 
     @property
     def raw(self) -> Tensor:
@@ -75,8 +78,9 @@ class Linear4bitHost(_Host):
         return StraightThrough.apply(y, x, self)
 
     def packed(self, weight: Tensor) -> Tensor:
-        old, state = self.raw, self._state
-        new: Any = type(old)(
+        old: Any = self.raw
+        state = self._state
+        new = type(old)(
             weight.to(self.dtype).contiguous(),
             requires_grad=False,
             blocksize=state.blocksize if state else old.blocksize,

@@ -17,7 +17,10 @@ class HqqHost(OpaqueLinearHost):
     types = ("hqq.core.quantize.HQQLinear",)
     parameter = "W_q"  # type: ignore[assignment]
     fresh = True
-    writable = True
+
+    @property
+    def writable(self) -> bool:
+        return True
 
     def packed(self, weight: Tensor) -> Tensor:
         twin: Any = lend(self.module)

@@ -79,7 +79,10 @@ class OpaqueLinearHost(SelfRunLinearHost):
     """
 
     types = ("transformer_engine.pytorch.module.linear.Linear",)
-    writable = False
+
+    @property
+    def writable(self) -> bool:
+        return False
 
     @cached_property
     def parameter(self) -> str:  # type: ignore[override]
@@ -185,7 +188,10 @@ class OpaqueEmbeddingHost(EmbeddingHost):
     """An embedding with packed rows: W is what it says of every index."""
 
     opaque = True
-    writable = False
+
+    @property
+    def writable(self) -> bool:
+        return False
 
     @property
     def backend(self) -> str | None:

@@ -33,8 +33,8 @@ class PackedTensor(Host):
         return self.raw.dtype
 
     @property
-    def writable(self) -> bool:  # type: ignore[override]
-        return _origin(self.raw) in ("torchao", "quanto")
+    def writable(self) -> bool:
+        return _origin(self.raw) == "quanto" or hasattr(self.raw, "from_hp")
 
     def values(self) -> Tensor:
         """The weight in the shape in which torch stores it, dequantised."""
@@ -105,15 +105,10 @@ def torchao_like(old: Any, weight: Tensor) -> Tensor:
     """A weight packed with the settings of another: its type, block sizes, range, and what it does to activations.
 
     Raises:
-        UnsupportedError: the type can't be made from a weight, or not with the same blocks.
+        UnsupportedError: this version of torchao packs it in other blocks.
     """
-    kind = type(old)
-    make = getattr(kind, "from_hp", None)
-    if make is None:
-        raise UnsupportedError(
-            f"torchao's {kind.__name__} can't be made from a new weight, so nothing can be merged into it. Run it "
-            "unmerged, or merge into the unquantised model and quantise that."
-        )
+    kind: Any = type(old)
+    make = kind.from_hp
     given = {"float8_dtype": lambda: old.qdata.dtype, "granularity": lambda: _granularity(old)}
     given["mapping_type"] = lambda: _mapping(old)
     options = {}
@@ -124,7 +119,10 @@ def torchao_like(old: Any, weight: Tensor) -> Tensor:
             options[name] = getattr(old, name)
     new = make(weight, **options)
     if list(getattr(new, "block_size", ())) != list(getattr(old, "block_size", ())):
-        raise UnsupportedError(f"torchao packs {kind.__name__} in other blocks now: {new.block_size}.")
+        raise UnsupportedError(
+            f"torchao packs {kind.__name__} in blocks of {new.block_size} now, not of {old.block_size}, so nothing can be "
+            "merged into it. Run it unmerged, or merge into the unquantised model and quantise that."
+        )
     return new
 
 
