@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.hosts.opaque import OpaqueLinearHost, StraightThrough
+from peft.hosts.opaque import OpaqueLinearHost
 
 
 def from_4bit(weight: Tensor, state: Any) -> Tensor:
@@ -75,7 +75,7 @@ class Linear4bitHost(_Host):
             return super().run(layer, x, *args, **kwargs)
         with torch.no_grad():  # their CPU kernel has no backward, and adds the bias in place of what autograd watches
             y = layer(x, *args, **kwargs)
-        return StraightThrough.apply(y, x, self)
+        return self.straight_through(y, x)
 
     def packed(self, weight: Tensor) -> Tensor:
         old: Any = self.raw

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.errors import TargetError
@@ -63,12 +64,15 @@ class SelfRunLinearHost(LinearHost):
 
     def run(self, layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = layer(x, *args, **kwargs)
-        return StraightThrough.apply(y, x, self) if _lost(x) and isinstance(y, Tensor) and not y.requires_grad else y
+        lost = x.requires_grad and torch.is_grad_enabled() and isinstance(y, Tensor) and not y.requires_grad
+        return self.straight_through(y, x) if lost else y
 
-
-def _lost(x: Tensor) -> bool:
-    """Whether an output of x that has no gradient has lost it."""
-    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    def straight_through(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, with the gradient that W x + b has for x."""
+        if not torch.compiler.is_compiling():
+            return StraightThrough.apply(y, x, self)
+        linear = F.linear(x, self.weight().to(x.dtype))
+        return y + (linear - linear.detach())
 
 
 class OpaqueLinearHost(SelfRunLinearHost):

@@ -120,8 +120,8 @@ def torchao_like(old: Any, weight: Tensor) -> Tensor:
     new = make(weight, **options)
     if list(getattr(new, "block_size", ())) != list(getattr(old, "block_size", ())):
         raise UnsupportedError(
-            f"torchao packs {kind.__name__} in blocks of {new.block_size} now, not of {old.block_size}, so nothing can be "
-            "merged into it. Run it unmerged, or merge into the unquantised model and quantise that."
+            f"torchao packs {kind.__name__} in blocks of {new.block_size} now, not of {old.block_size}, so nothing can "
+            "be merged into it. Run it unmerged, or merge into the unquantised model and quantise that."
         )
     return new
 
