@@ -51,6 +51,7 @@ class Masked(nn.Module):
         (nn.Linear(4, 3), LinearHost),
         (nn.Linear(4, 3, device="meta"), LinearHost),
         (nn.modules.linear.NonDynamicallyQuantizableLinear(4, 3), LinearHost),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), LinearHost),
         (SelfRun(4, 3), SelfRunLinearHost),
         (Float8Linear(4, 3), OpaqueLinearHost),
         (Int8Linear(nn.Linear(4, 3)), OpaqueLinearHost),

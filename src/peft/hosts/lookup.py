@@ -11,6 +11,9 @@ from peft.hosts.linear import LinearHost
 from peft.hosts.opaque import OpaqueEmbeddingHost, OpaqueLinearHost, SelfRunLinearHost, is_packed, sizes, stored
 from peft.hosts.tensors import PACKED, is_packed_tensor
 
+_PACKED_OTHERWISE: dict[type[Host], type[Host]] = {LinearHost: OpaqueLinearHost, EmbeddingHost: OpaqueEmbeddingHost}
+"""Where the layer alone knows what its weight means. No others: what can't be read right is refused."""
+
 
 def host_class(module: nn.Module) -> type[Host] | None:
     """The host for a module, or None if it can't be adapted."""
@@ -20,13 +23,11 @@ def host_class(module: nn.Module) -> type[Host] | None:
     if host.opaque:
         return host
     weight = module._parameters.get(host.parameter)
+    weight = getattr(module, host.parameter, None) if weight is None else weight  # parametrised ones are properties
     if weight is None:
         return OpaqueLinearHost if host is LinearHost and stored(module) else host
     if is_packed(weight):
-        table = (
-            PACKED if is_packed_tensor(weight) else {LinearHost: OpaqueLinearHost, EmbeddingHost: OpaqueEmbeddingHost}
-        )
-        return table.get(host, host)
+        return (PACKED if is_packed_tensor(weight) else _PACKED_OTHERWISE).get(host)
     return SelfRunLinearHost if host is LinearHost and _runs_itself(module) else host
 
 

@@ -36,7 +36,8 @@ def prepare_model_for_kbit_training(
     checkpointing.
 
     Large half precision matrices stay as they are unless they belong to a quantised model's own unquantised layers, in
-    which case they are raised as well (embeddings and head, 4 bytes per element).
+    which case they are raised as well (embeddings and head, 4 bytes per element). Nothing is raised beside layers whose
+    kernels read one dtype (GPTQ, AWQ, HQQ, ...): the float32 that norms would then give is refused there.
 
     Args:
         model: The model; changed in place.
