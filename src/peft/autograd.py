@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -244,6 +245,47 @@ def _thin_grads(
     return grad_down, grad_up
 
 
+class LowRankOnto(torch.autograd.Function):
+    """y + s B h written over y, its channels second: the second half of a low-rank update of a convolution.
+
+    Shapes: y (n, groups · out, …), contiguous; h (n, groups · r, …); B (groups · out, r).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, hidden: Tensor, up: Tensor, scale: float, groups: int) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(hidden, up)
+        ctx.scale, ctx.groups = scale, groups
+        return low_rank_onto(y, hidden, up, scale, groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, up = ctx.saved_tensors
+        blocks, wide = _blocks(grad, hidden, up.to(grad.dtype), ctx.groups)
+        grad_hidden = grad_up = None
+        if ctx.needs_input_grad[1]:
+            grad_hidden = (torch.bmm(wide.mT, blocks[0]) * ctx.scale).view(hidden.shape)
+        if ctx.needs_input_grad[2]:
+            each = torch.bmm(blocks[0], blocks[1].mT) * ctx.scale
+            grad_up = each.view(grad.shape[0], *up.shape).sum(0).to(up.dtype)
+        return grad, grad_hidden, grad_up, None, None
+
+
+def low_rank_onto(y: Tensor, hidden: Tensor, up: Tensor, scale: float, groups: int = 1) -> Tensor:
+    """What `LowRankOnto` computes, with no part in any graph."""
+    (over, seen), wide = _blocks(y, hidden, up.to(y.dtype), groups)
+    over.baddbmm_(wide, seen, alpha=scale)
+    return y
+
+
+def _blocks(y: Tensor, hidden: Tensor, up: Tensor, groups: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """A product for each sample and each group: y (n · groups, out, …) and h (n · groups, r, …) in one dimension, and
+    B (n · groups, out, r)."""
+    n, (out, rank) = y.shape[0] * groups, up.shape
+    wide = up.expand(n, out, rank) if groups == 1 else up.view(groups, -1, rank).repeat(y.shape[0], 1, 1)
+    return (y.reshape(n, out // groups, -1), hidden.reshape(n, rank, -1)), wide
+
+
 class OperatorLinear(torch.autograd.Function):
     """x Wᵀ + b + op D(x) for any operator, or W op D(x) + b where the operator comes before the weight.
 
@@ -413,21 +455,34 @@ class Form:
             weight: W (out, in), with whatever is merged.
             bias: b (out,), or None.
         """
-        if not x.is_floating_point() or not x.numel() or weight.requires_grad or not _plain(x, weight, bias):
+        dtype = self.dtype(base, x, weight, bias)
+        if dtype is None:
             return None
-        device = x.device.type
-        if device == "meta":
-            return None
-        autocast = torch.is_autocast_enabled(device)
-        dtype = _dtype(x, weight, autocast)
-        if dtype is None or (self.update is not self.add and weight.data_ptr() != base.weight.data_ptr()):
-            return None  # magnitudes are those of the frozen weight, whatever is merged into this one
-        with torch.autocast(device, enabled=False) if autocast else _AS_IT_IS:
+        with no_autocast(x):
             flat = x if x.dtype == dtype else x.to(dtype)
             if flat.dim() != 2:
                 flat = flat.reshape(-1, x.shape[-1])
             y = self._run(base, flat, weight, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+    def dtype(self, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+        """What a layer computes in under the update; None where tensors are not plain, or dtypes don't fit."""
+        if not x.is_floating_point() or not x.numel() or weight.requires_grad or not _plain(x, weight, bias):
+            return None
+        device = x.device.type
+        if device == "meta":
+            return None
+        if self.update is not self.add and weight.data_ptr() != base.weight.data_ptr():
+            return None  # magnitudes are those of the frozen weight, whatever is merged into this one
+        return _dtype(x, weight, torch.is_autocast_enabled(device))
+
+    def moved(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The bias under a sum; `dtype` where the layer has none."""
+        add, kind = self.add, type(self.add)
+        shift = add.vector if kind is Shift else add.shift if kind is Add else None
+        if shift is None:
+            return bias
+        return shift.to(dtype) if bias is None else bias + shift.to(bias.dtype)
 
     def _run(self, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         add: Any = self.add
@@ -435,9 +490,7 @@ class Form:
         if kind is After:
             y = self.op.to(x.dtype).apply(_linear(x, weight, None if add.keep_bias else bias))
             return y + bias.to(y.dtype) if add.keep_bias and bias is not None else y
-        shift = add.vector if kind is Shift else add.shift if kind is Add else None
-        if shift is not None:
-            bias = shift.to(x.dtype) if bias is None else bias + shift.to(bias.dtype)
+        bias = self.moved(bias, x.dtype)
         if kind is Shift:
             return _linear(x, weight, bias)
         if self.thin:
@@ -445,6 +498,12 @@ class Form:
                 x, weight, bias, self.op, self.dropout, None if self.update is add else self.update.gain(base)
             )
         return _operator(x, weight, bias, self.op, kind is Before, self.dropout, self.parts)
+
+
+def no_autocast(x: Tensor) -> Any:
+    """A context without autocast on the device of x, where it is on: what runs there has its dtype already."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
 def form(updates: list[Update]) -> Form | None:
@@ -504,12 +563,15 @@ def _operator(
         draw = Dropout.draw(dropout.p if dropout else 0.0)
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = x if dropout is None else dropout(x)
-    dtypes = {part.dtype for part in parts if part.is_floating_point()}  # several, where methods compute under autocast
-    if not small or len(dtypes) > 1:
-        return _run(op.to(x.dtype), before, x, seen, weight, bias, dropout is not None)
-    if x.dtype in dtypes:
+    # Several, where methods compute under autocast, or with W.
+    dtypes = {part.dtype for part in parts if part.is_floating_point()}
+    wide = x.dtype
+    if dtypes and small and (len(dtypes) == 1 or weight.numel() <= _SMALL):
+        wide = reduce(torch.promote_types, dtypes)
+    op = op.to(wide)
+    if wide == x.dtype:
         return _run(op, before, x, seen, weight, bias, dropout is not None)
-    changed = _act(op, seen.to(dtypes.pop()))
+    changed = _act(op, seen.to(wide))
     if before:
         return _linear(changed.to(x.dtype), weight, bias)
     return _linear(x, weight, bias).add_(changed)
@@ -615,7 +677,7 @@ def mixed(held: Stack, route: Route, x: Tensor, layer: Callable[[Tensor], Tensor
     """
     samples, out = x.shape[0], held.up.shape[2]
     flat = x.to(held.down.dtype).reshape(samples, -1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else _AS_IT_IS:
+    with no_autocast(x):
         y, seen = layer(flat), F.dropout(flat, held.rate) if held.rate else flat
         tokens = flat.shape[1]
         order, back = route.groups(samples, x.device)

@@ -199,7 +199,7 @@ class AdaptedLayer(AdapterHolder):
             plain = host.fuses and not args and not kwargs and not x.is_nested
             if plain and autograd.can_fuse(host.module) and plan.form is not None:
                 weight, bias = (host.weight(), host.bias()) if on_merged else self._frozen(host)
-                y = plan.form.run(call, x, weight, bias)
+                y = host.fused(plan.form, call, x, weight, bias)
                 if y is not None:
                     return y
             if host.opaque and host.on_input and autograd.can_fuse(host.module) and plan.form is not None:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.autograd import (
-    _AS_IT_IS,
     Dropout,
     Form,
     _act,
@@ -31,6 +30,7 @@ from peft.autograd import (
     _thin_enough,
     _thin_grads,
     _where,
+    no_autocast,
 )
 from peft.operators import LowRank, Operator
 from peft.operators.base import SMALL
@@ -54,7 +54,7 @@ def run(form: Form, base: Base, x: Tensor, layer: Callable[[Tensor], Tensor], fr
         return None
     if kind is Before:
         seen = x.to(_dtype(x, x))
-        with _no_autocast(x):
+        with no_autocast(x):
             turned = _operator(None, seen, form, False)
         return layer(turned)
     y = layer(x)
@@ -62,7 +62,7 @@ def run(form: Form, base: Base, x: Tensor, layer: Callable[[Tensor], Tensor], fr
         return add.forward(x, lambda _: y, None, base)
     dtype = _dtype(x, y)
     seen = x if x.element_size() < dtype.itemsize else x.to(dtype)
-    with _no_autocast(x):
+    with no_autocast(x):
         over = _low_rank if form.thin else _operator
         y = over(y, seen, form, fresh and _may_be_written(y))
     return base.shift(y, add.shift)
@@ -78,11 +78,6 @@ def _dtype(x: Tensor, y: Tensor) -> torch.dtype:
 def _may_be_written(y: Tensor) -> bool:
     """Whether autograd lets an output be written over: not leaves, nor views that a function of its own has made."""
     return y.is_contiguous() and not (torch.is_grad_enabled() and (y._is_view() or (y.is_leaf and y.requires_grad)))
-
-
-def _no_autocast(x: Tensor) -> Any:
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
 def _low_rank(y: Tensor, x: Tensor, form: Form, write: bool) -> Tensor:

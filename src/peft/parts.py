@@ -145,12 +145,13 @@ class Parts:
 
 
 def _read(home: Any, adapter: str, value: Any, tensor: Any) -> tuple[Read, ...]:
-    """What was read for the tensor of a slot: the tensor itself, or the `weight` of a module."""
+    """What was read for the tensor of a slot: the tensor itself, or the `weight` of a module, or that as a matrix."""
     if value is tensor:
         return ((home, adapter, value),) if isinstance(value, Tensor) else (UNSEEN,)
-    if value._parameters.get("weight") is not tensor:
+    weight = value._parameters.get("weight")
+    if weight is not tensor and (weight is None or getattr(tensor, "_base", None) is not weight):
         return (UNSEEN,)
-    return (home, adapter, value), (value._parameters, "weight", tensor)
+    return (home, adapter, value), (value._parameters, "weight", weight)
 
 
 class Call:

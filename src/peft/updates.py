@@ -147,9 +147,10 @@ class Add(Update):
         return Add(self.op.T)
 
     def weight(self, weight: Tensor, base: Base) -> Tensor:
-        if self.op.shape == weight.shape and self.op.like().dtype == weight.dtype:
-            return self.op.onto(weight)
-        return base.plus(weight, self.op.dense())
+        op = self.op
+        if op.shape == weight.shape and (isinstance(op, LowRank) or op.like().dtype == weight.dtype):
+            return op.to(weight.dtype).onto(weight)  # thin factors lose no more to rounding than x does
+        return base.plus(weight, op.dense())
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
         return _sum(bias, self.shift)

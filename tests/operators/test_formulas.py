@@ -47,6 +47,12 @@ def test_hadamard_of_low_rank() -> None:
     assert_is(ops.HadamardLowRank(a, b, c, d, 2.0), 2 * (a @ b) * (c @ d))
 
 
+def test_product_with_a_weight() -> None:
+    up, down, up2, down2, weight = randn(4, 2), randn(2, 5), randn(4, 3), randn(3, 5), randn(4, 5)
+    assert_is(ops.Modulated(up, down, weight), weight * (up @ down))
+    assert_is(ops.Modulated(up, down, weight.mT.contiguous().mT, up2, down2), weight * (up @ down) + up2 @ down2)
+
+
 def test_block_diagonal() -> None:
     blocks = randn(3, 2, 4)
     assert_is(ops.BlockDiagonal(blocks), torch.block_diag(*blocks))

@@ -84,6 +84,8 @@ SAMPLES: dict[str, Callable[[Source, int, int, int], Operator]] = {
     "kronecker_low_rank": lambda s, p, q, r: ops.Kronecker(ops.Dense(s(p, q)), low_rank(s, 5, 4, r)),
     "hadamard_thin": lambda s, p, q, r: ops.HadamardLowRank(s(9 * p, 1), s(1, 9 * q), s(9 * p, 2), s(2, 9 * q), 0.5),
     "hadamard_thick": lambda s, p, q, r: ops.HadamardLowRank(s(p, r), s(r, q), s(p, r), s(r, q)),
+    "modulated": lambda s, p, q, r: ops.Modulated(s(p, r), s(r, q), s(p, q).detach()),
+    "modulated_and_added": lambda s, p, q, r: ops.Modulated(s(p, r), s(r, q), s(p, q).detach(), s(p, 2), s(2, q)),
     "block_diagonal": lambda s, p, q, r: ops.BlockDiagonal(s(r, p, q)),
     "low_rank_grid": lambda s, p, q, r: ops.LowRankGrid(s(2, q, 2 * r), s(2, 2 * r, p), 0.5),
     "block_circulant": lambda s, p, q, r: ops.BlockCirculant(s(p, q, r)),

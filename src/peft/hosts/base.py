@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.operators import Operator
+
+if TYPE_CHECKING:
+    from peft.autograd import Form
+    from peft.updates import Base
 
 _HOSTS: dict[str, type[Host]] = {}
 
@@ -26,6 +30,8 @@ class Host:
     """Qualified names of the layer types, so that nothing is imported to look one up."""
     on_input: ClassVar[bool] = False
     """Whether an operator can be applied to the layer's input in place of its weight."""
+    fuses: ClassVar[bool] = False
+    """Whether there is a `fused`."""
     takes_bias: ClassVar[bool] = True
     """Whether the layer type has a bias at all."""
     beside: ClassVar[str] = ""
@@ -39,8 +45,6 @@ class Host:
     bias_parameter: ClassVar[str] = "bias"
     opaque: ClassVar[bool] = False
     """Whether the layer itself runs, by kernels of its own, and `weight()` is made on demand (quantised layers)."""
-    fuses: ClassVar[bool] = False
-    """Whether the layer is nothing but `act` of its weight and bias, so that its call may be computed past."""
     fresh: ClassVar[bool] = False
     """Whether an opaque layer's outputs are new tensors that nobody else holds, so that they may be written over."""
 
@@ -158,6 +162,19 @@ class Host:
     def out(self, op: Operator, y: Tensor) -> Tensor:
         """`op` on the output features of y."""
         return op.to(y.dtype).apply(y).to(y.dtype)  # autocast would give its own dtype
+
+    def fused(self, form: Form, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output under a stack of updates in fewer passes over memory than `forward` of each takes; None where
+        this type of layer has no way for it.
+
+        Args:
+            form: The stack.
+            base: The frozen layer.
+            x: The layer's input.
+            weight: W (out, in), with whatever is merged.
+            bias: b (out,), or None.
+        """
+        return None
 
     def shift(self, y: Tensor, bias: Tensor | None, sign: int = 1) -> Tensor:
         """y plus or minus a vector over output features."""

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.hosts.base import Host
-from peft.operators import Operator
+from peft.operators import LowRank, Operator
+from peft.operators.base import SMALL, picked
 
 
 class EmbeddingHost(Host):
@@ -54,7 +55,13 @@ class EmbeddingHost(Host):
         return self._scaled(y)
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
-        return self._scaled(op.to(self.dtype).columns(x))
+        dtype = self.dtype
+        if not isinstance(op, LowRank):
+            return self._scaled(op.to(dtype).columns(x))
+        # What is looked up is cast, not the factor over the whole vocabulary.
+        if x.numel() * op.up.shape[0] <= SMALL:
+            return self._scaled(op.columns(x).to(dtype))
+        return self._scaled(op.raised(picked(op.down, x).to(dtype)))
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """Positions of the padding token send no gradients to what an adapter changes, as they send none to W."""

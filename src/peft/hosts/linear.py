@@ -7,8 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft.autograd import Form
 from peft.hosts.base import Host
 from peft.operators import Operator, act
+from peft.updates import Base
 
 
 class LinearHost(Host):
@@ -24,6 +26,9 @@ class LinearHost(Host):
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
         return act(op.to(x.dtype), x)
+
+    def fused(self, form: Form, base: Base, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        return form.run(base, x, weight, bias)
 
 
 class Conv1DHost(LinearHost):

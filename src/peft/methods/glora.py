@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import TargetError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
-from peft.operators import Operator
-from peft.operators.base import gemm, sources
+from peft.operators import Modulated
 from peft.parts import Parts
 from peft.slots import Slot
 from peft.updates import Add, Update
@@ -115,61 +113,8 @@ class Glora(WeightMethod, peft_type="GLORA", config=GloraConfig):
         frozen = p.call(host)
         weight, bias = frozen.weight, frozen.bias
         a, b = (_factors(getattr(p, name), weight) for name in ("glora_A", "glora_B"))
-        op = Modulated(*a, *b, weight)
+        op = Modulated(*a, weight, *b)
         return Add(op) if bias is None else Add(op, _shift(weight, bias, p.glora_C, p.glora_D, p.glora_E))
-
-
-@dataclass(frozen=True, eq=False)
-class Modulated(Operator):
-    """`weight * (up @ down) + up2 @ down2`: a product entry by entry, and one added.
-
-    Shapes: `up` (out, r), `down` (r, in), `up2` (out, q), `down2` (q, in) and `weight` (out, in), which is a constant.
-    """
-
-    up: Tensor
-    down: Tensor
-    up2: Tensor
-    down2: Tensor
-    weight: Tensor
-    brief = True
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def apply(self, x: Tensor) -> Tensor:
-        # weight * (u ⊗ d) is diag(u) weight diag(d), for each column of `up` and row of `down`
-        turned = F.linear(x[..., None, :] * self.down, self.weight)
-        return (turned * self.up.mT).sum(-2) + F.linear(F.linear(x, self.down2), self.up2)
-
-    def dense(self) -> Tensor:
-        return self._added((self.up @ self.down).mul_(self.weight))
-
-    def onto(self, weight: Tensor) -> Tensor:
-        return self._added((self.up @ self.down).mul_(self.weight).add_(weight))
-
-    def _added(self, product: Tensor) -> Tensor:
-        # in place: fresh memory costs more than the operations
-        return product.addmm_(self.up2.to(product.dtype), self.down2.to(product.dtype))
-
-    def pull_dense(self, grad: Tensor) -> tuple[Any, Any]:
-        with torch.no_grad():
-            inner = grad * self.weight
-            return sources(
-                (self.up, inner @ self.down.mT),
-                (self.down, self.up.mT @ inner),
-                (self.up2, grad @ self.down2.mT),
-                (self.down2, self.up2.mT @ grad),
-            )
-
-    def flops(self, tokens: int) -> float:
-        return gemm(tokens * self.up.shape[1], *self.shape) + gemm(tokens, self.up2.shape[1], sum(self.shape))
-
-    def flops_dense(self, tokens: int) -> float:
-        out, inner = self.shape
-        ranks = self.up.shape[1] + self.up2.shape[1]
-        # The factors are so thin that it is writing the products that costs.
-        return gemm(out, inner, ranks) + 40.0 * out * inner + gemm(tokens, out, inner)
 
 
 def _factors(held: Any, weight: Tensor) -> tuple[Tensor, Tensor]:

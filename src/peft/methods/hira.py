@@ -6,16 +6,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft import patterns
 from peft.config import TargetedConfig, choice, positive
 from peft.errors import ConfigError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
+from peft.operators import Modulated
 from peft.parts import Parts
 from peft.slots import Sizes, Slot
-from peft.updates import Rewrite, Update
+from peft.updates import Add, Update
 
 
 @dataclass
@@ -81,9 +82,5 @@ class Hira(WeightMethod, peft_type="HIRA", config=HiraConfig):
             nn.init.zeros_(up)
 
     def update(self, p: Parts, host: Host) -> Update:
-        down, up = p.hira_A.flatten(1), p.hira_B.flatten(1)
-
-        def delta(weight: Tensor) -> Tensor:
-            return weight * (up @ down)
-
-        return Rewrite(delta, dropout=p.dropout)
+        op = Modulated(p.hira_B.flatten(1), p.hira_A.flatten(1), p.call(host).weight)
+        return Add(op, dropout=p.dropout)

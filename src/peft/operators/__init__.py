@@ -3,7 +3,7 @@
 from peft.operators.base import Operator, Transposed, act, scaled
 from peft.operators.blocks import BlockCirculant, BlockDiagonal, Fold, LowRankGrid
 from peft.operators.compose import Product, Scaled, Sum
-from peft.operators.kronecker import HadamardLowRank, Kronecker
+from peft.operators.kronecker import HadamardLowRank, Kronecker, Modulated
 from peft.operators.lowrank import Bilinear, DiagonalLowRank, LowRank
 from peft.operators.plain import Dense, Diagonal, Identity, Zero
 from peft.operators.rotations import Butterfly, Cayley, Givens, Householder, Neumann, cayley, neumann, skew
@@ -28,6 +28,7 @@ __all__ = [
     "LoneSparse",
     "LowRank",
     "LowRankGrid",
+    "Modulated",
     "Neumann",
     "Operator",
     "Product",

@@ -140,6 +140,12 @@ class Operator:
         raise NotImplementedError(f"{type(self).__name__} holds no tensor, so it has to say its `like`.")
 
 
+def picked(thin: Tensor, index: Tensor) -> Tensor:
+    """Columns (…, r) of a matrix (r, in) of few rows, at integer index (…)."""
+    # A lookup in the transpose would read, and in backward write, whole rows of it one element at a time.
+    return thin.index_select(1, index.reshape(-1)).mT.reshape(*index.shape, thin.shape[0])
+
+
 def made_of(cls: type[Op], values: dict[str, Any]) -> Op:
     """An operator with these fields, whose shapes are not checked: they are those of one that was."""
     if torch.compiler.is_compiling():

@@ -1,14 +1,15 @@
-"""Products of small matrices entry by entry: Kronecker, and the Hadamard product of two thin ones."""
+"""Products entry by entry: Kronecker, and Hadamard products with thin matrices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, act, cheapest, expect, gemm, scaled
+from peft.operators.base import Operator, Scale, act, cheapest, expect, gemm, picked, scaled, sources
 from peft.operators.plain import as_operator
 
 
@@ -119,8 +120,8 @@ class HadamardLowRank(Operator):
         return torch.addcmul(weight, first, second, out=None if torch.is_grad_enabled() else first)
 
     def columns(self, index: Tensor) -> Tensor:
-        first = F.linear(F.embedding(index, self.down1.mT), self.up1)
-        return scaled(first, self.scale) * F.linear(F.embedding(index, self.down2.mT), self.up2)
+        first = F.linear(picked(self.down1, index), self.up1)
+        return scaled(first, self.scale) * F.linear(picked(self.down2, index), self.up2)
 
     @property
     def T(self) -> HadamardLowRank:
@@ -138,3 +139,76 @@ class HadamardLowRank(Operator):
     def flops_dense(self, tokens: int) -> float:
         out, inner = self.shape
         return gemm(out, inner, self.up1.shape[1] + self.up2.shape[1]) + out * inner + gemm(tokens, out, inner)
+
+
+@dataclass(frozen=True, eq=False)
+class Modulated(Operator):
+    """`weight * (up @ down) + up2 @ down2`: a product entry by entry (HiRA), and one added (GLoRA).
+
+    Shapes: `up` (out, r), `down` (r, in); `weight` (out, in), which is a constant; `up2` (out, q), `down2` (q, in) or
+    neither.
+    """
+
+    up: Tensor
+    down: Tensor
+    weight: Tensor
+    up2: Tensor | None = None
+    down2: Tensor | None = None
+    brief = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def _second(self) -> int:
+        return 0 if self.up2 is None else self.up2.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        # weight * (u ⊗ d) is diag(u) weight diag(d), for each column of `up` and row of `down`
+        turned = F.linear(x[..., None, :] * self.down, self.weight)
+        y = (turned * self.up.mT).sum(-2)
+        return y if self.up2 is None else y + F.linear(F.linear(x, self.down2), self.up2)  # type: ignore[arg-type]
+
+    def dense(self) -> Tensor:
+        return self._added(self._product())
+
+    def onto(self, weight: Tensor) -> Tensor:
+        return self._added(self._product().add_(weight))
+
+    def _product(self) -> Tensor:
+        # In place, since fresh memory costs more than the operations; and in the layout of the weight, or a product of
+        # rows with columns would take five times as long.
+        up, down = self.up, self.down
+        return (up @ down if self.weight.is_contiguous() else (down.mT @ up.mT).mT).mul_(self.weight)
+
+    def _added(self, product: Tensor) -> Tensor:
+        up, down = self.up2, self.down2
+        return product if up is None else product.addmm_(up.to(product.dtype), down.to(product.dtype))  # type: ignore[union-attr]
+
+    def columns(self, index: Tensor) -> Tensor:
+        factor = F.linear(picked(self.down, index), self.up)
+        y = F.embedding(index, self.weight.mT) * factor
+        return y if self.up2 is None else y + F.linear(picked(self.down2, index), self.up2)  # type: ignore[arg-type]
+
+    @property
+    def T(self) -> Modulated:
+        second = () if self.up2 is None else (self.down2.mT, self.up2.mT)  # type: ignore[union-attr]
+        return Modulated(self.down.mT, self.up.mT, self.weight.mT, *second)
+
+    def pull_dense(self, grad: Tensor) -> tuple[Any, Any]:
+        with torch.no_grad():
+            inner = grad * self.weight
+            pairs = [(self.up, inner @ self.down.mT), (self.down, self.up.mT @ inner)]
+            if self.up2 is not None and self.down2 is not None:
+                pairs += (self.up2, grad @ self.down2.mT), (self.down2, self.up2.mT @ grad)
+            return sources(*pairs)
+
+    def flops(self, tokens: int) -> float:
+        return gemm(tokens * self.up.shape[1], *self.shape) + gemm(tokens, self._second, sum(self.shape))
+
+    def flops_dense(self, tokens: int) -> float:
+        out, inner = self.shape
+        ranks = self.up.shape[1] + self._second
+        # The factors are so thin that it is writing the products that costs.
+        return gemm(out, inner, ranks) + 40.0 * out * inner + gemm(tokens, out, inner)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, Transposed, act, cheapest, expect, gemm, scaled
+from peft.operators.base import Operator, Scale, Transposed, act, cheapest, expect, gemm, picked, scaled
 from peft.operators.plain import Diagonal, as_operator
 
 
@@ -36,7 +36,7 @@ class LowRank(Operator):
         return self.up.shape[0], self.down.shape[1]
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._up(F.linear(x, self.down))
+        return self.raised(F.linear(x, self.down))
 
     def dense(self) -> Tensor:
         down = scaled(self.down, self.scale)
@@ -46,19 +46,23 @@ class LowRank(Operator):
         return blocks.flatten(0, 1)
 
     def onto(self, weight: Tensor) -> Tensor:
-        if self.groups > 1 or isinstance(self.scale, Tensor):
+        if isinstance(self.scale, Tensor):
             return weight + self.dense()
-        return torch.addmm(weight, self.up, self.down, alpha=self.scale)
-
-    def _up(self, h: Tensor) -> Tensor:
-        h = scaled(h, self.scale)
         if self.groups == 1:
-            return F.linear(h, self.up)
-        rank, up = self.up.shape[1], self.up.unflatten(0, (self.groups, -1))
+            return torch.addmm(weight, self.up, self.down, alpha=self.scale)
+        blocks = (t.unflatten(0, (self.groups, -1)) for t in (weight, self.up, self.down))
+        return torch.baddbmm(*blocks, alpha=self.scale).flatten(0, 1)
+
+    def raised(self, h: Tensor) -> Tensor:
+        """What the second product makes of h (…, r), in its dtype."""
+        h, up = scaled(h, self.scale), self.up.to(h.dtype)
+        if self.groups == 1:
+            return F.linear(h, up)
+        rank, up = up.shape[1], up.unflatten(0, (self.groups, -1))
         return torch.einsum("...gr,gor->...go", h.unflatten(-1, (self.groups, rank)), up).flatten(-2)
 
     def columns(self, index: Tensor) -> Tensor:
-        return self._up(F.embedding(index, self.down.mT))
+        return self.raised(picked(self.down, index))
 
     @property
     def T(self) -> Operator:
@@ -140,7 +144,7 @@ class Bilinear(Operator):
         return self._low_rank().dense()
 
     def columns(self, index: Tensor) -> Tensor:
-        return self._up(F.embedding(index, self.down.mT))
+        return self._up(picked(self.down, index))
 
     @property
     def T(self) -> Bilinear:
@@ -196,7 +200,7 @@ class DiagonalLowRank(Operator):
         return up @ down
 
     def columns(self, index: Tensor) -> Tensor:
-        return self._up(F.embedding(index, self.down.mT))
+        return self._up(picked(self.down, index))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.b[:, None] * self.up * self.d, self.down
