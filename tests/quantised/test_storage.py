@@ -126,6 +126,24 @@ def test_weights_repacked_for_the_cpu_are_read_trained_and_merged_right(name):
             dequantize_bnb_weight(layer.weight)  # type: ignore[arg-type]
 
 
+def test_a_call_below_merged_adapters_leaves_the_kept_weight_whole():
+    """A stack of which the upper part is merged runs on the kept weight, which the first call may pack anew."""
+    pytest.importorskip("bitsandbytes")
+    layer = quantised(QUANTISERS["bitsandbytes NF4"])
+    before = host_class(layer)(layer).weight()  # type: ignore[misc]
+    turning = peft.OFTConfig(target_modules=["layer"], oft_block_size=8, init_weights=False)
+    model = peft.get_peft_model(Holder(layer), turning)
+    model.add_adapter("above", LoraConfig(target_modules=["layer"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "above"])
+    model.eval()
+    with torch.no_grad():
+        model.merge_adapter(["above"])
+        y = model(batch())
+        model.unmerge_adapter()
+        close(model(batch()), y, 4e-3, "while merged and after")
+    close(host_class(layer)(layer).weight(), before, 4e-3, "weights before and after")  # type: ignore[misc]
+
+
 def test_8_bit_layers_that_quantise_in_each_call():
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=True).requires_grad_(False).eval()
