@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import torch
@@ -13,9 +14,7 @@ from peft.hosts.opaque import OpaqueLinearHost
 
 def from_4bit(weight: Tensor, state: Any) -> Tensor:
     """W (out, in) of a packed 4-bit weight with its `QuantState`."""
-    from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
-
-    return functional.dequantize_4bit(weight.data, state)
+    return importlib.import_module("bitsandbytes.functional").dequantize_4bit(weight.data, state)
 
 
 def from_8bit(weight: Tensor, scales: Tensor) -> Tensor:
