@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -75,6 +76,19 @@ class Single(nn.Module):
         self.lin.requires_grad_(False)
 
 
+def packed(layer: nn.Linear, bits: int) -> nn.Module:
+    """A linear layer of bitsandbytes' with the weight of a plain one."""
+    import bitsandbytes as bnb
+
+    sizes, dtype = (layer.in_features, layer.out_features), layer.weight.dtype
+    if bits == 8:
+        made = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+    else:
+        made = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=dtype, quant_type="nf4")
+    made.to(dtype).load_state_dict(layer.state_dict())
+    return made.to("cpu").requires_grad_(False)
+
+
 class Block(nn.Module):
     """The seven projections of a transformer block, without the rest of it."""
 
@@ -135,11 +149,19 @@ def layer(
     tokens: int = TOKENS,
     train: bool = True,
     device: str = "cpu",
+    bits: int = 16,
 ) -> Job:
-    """Forward and backward of one adapted layer, input gradient included; or in inference forward alone."""
+    """Forward and backward of one adapted layer, input gradient included; or in inference forward alone.
+
+    With 8 or 4 bits the layer is one of bitsandbytes'.
+    """
     import peft
 
-    model = Single(inner, out, DTYPES[dtype]).to(device)
+    model = Single(inner, out, DTYPES[dtype])
+    if bits < 16:
+        model.lin = packed(model.lin, bits)
+        setattr(model, f"is_loaded_in_{bits}bit", True)  # as transformers' loaders do
+    model = model.to(device)
     frozen = list(model.parameters())
     module: nn.Module = model.lin
     if side != "floor":
@@ -403,6 +425,16 @@ def _shapes() -> list[Case]:
     return found
 
 
+def _quantised() -> list[Case]:
+    found = []
+    for bits in (8, 4):
+        for dropout in (0.0, 0.1):
+            name = f"LoRA r16, bf16, {bits} bits" + (", dropout" if dropout else "")
+            make = partial(layer, method="LoRA r16", dtype="bf16", dropout=dropout, bits=bits)
+            found.append(Case("quantised", name, make, floor=True, counted=True))
+    return found
+
+
 def _models() -> list[Case]:
     found = []
     for method, dtype, checkpointing in (
@@ -462,6 +494,14 @@ def _on_cuda() -> list[Case]:
     return found
 
 
-ON_CUDA = {case.key: case for case in _on_cuda()}
-"""Those that need a GPU; `CASES` has them where there is one."""
-CASES = {case.key: case for case in _all()} | (ON_CUDA if torch.cuda.is_available() else {})
+SKIPPED = {
+    **({} if find_spec("bitsandbytes") else {"bitsandbytes": _quantised()}),
+    **({} if torch.cuda.is_available() else {"a GPU": _on_cuda()}),
+}
+"""Cases that can't run here, by what they need."""
+CASES = {
+    case.key: case
+    for need, cases in (("", _all()), ("bitsandbytes", _quantised()), ("a GPU", _on_cuda()))
+    for case in cases
+    if need not in SKIPPED
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import ON_CUDA
+from benchmarks.cases import SKIPPED
 from benchmarks.sides import Result
 
 GOALS = {
@@ -146,9 +146,9 @@ def tables(setting: dict[str, Any], results: list[Result]) -> str:
     if failed:
         lines += ["## Left out", ""]
         lines += [f"* {r.group}/{r.name}, {side}: `{why[:160]}`" for r, side, why in failed]
-    if not torch.cuda.is_available():
-        groups = ", ".join(dict.fromkeys(case.group for case in ON_CUDA.values()))
-        lines += ["", f"Skipped, for want of a GPU: {groups} ({len(ON_CUDA)} cases)."]
+    for need, cases in SKIPPED.items():
+        groups = ", ".join(dict.fromkeys(case.group for case in cases))
+        lines += ["", f"Skipped, for want of {need}: {groups} ({len(cases)} cases)."]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -25,7 +25,9 @@ class Side:
 
     def __init__(self, folder: Path, clock: str, threads: int) -> None:
         self.folder = folder
-        paths = os.pathsep.join([str(folder), str(ROOT)])
+        added = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        others = [path for path in added if not Path(path, "peft").is_dir()]  # but neither library
+        paths = os.pathsep.join([str(folder), str(ROOT), *others])
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", clock, str(threads)],

@@ -210,6 +210,17 @@ def _conv(kind: type[nn.Module], kernel: int = 3, **options: Any) -> Callable[[]
     return lambda: SingleConv(kind(4, 8, kernel, **{"padding": kernel // 2, **options}), 8)
 
 
+def _bitsandbytes(bits: int) -> nn.Module:
+    import bitsandbytes as bnb
+
+    plain, options = nn.Linear(64, 64), {"has_fp16_weights": False} if bits == 8 else {"quant_type": "nf4"}
+    layer = (bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit)(64, 64, **options)
+    layer.load_state_dict(plain.state_dict())
+    model = Single(layer.to("cpu"), 64)
+    setattr(model, f"is_loaded_in_{bits}bit", True)  # what transformers' loaders set
+    return model
+
+
 _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "mlp": MLP,
     "mlp_no_bias": lambda: MLP(bias=False),
@@ -251,6 +262,8 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
 
 NAMES = tuple(_BUILDERS)
 
+_BUILDERS |= {"L.bnb8": lambda: _bitsandbytes(8), "L.bnb4": lambda: _bitsandbytes(4)}
+
 
 def build(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
     """The model of that name in eval mode, always with the same weights; the global random state is left alone."""
@@ -282,7 +295,14 @@ def example(name: str, dtype: torch.dtype = torch.float32, batch: int = BATCH, s
         return {"x": plain[name]()}
     if name.startswith("L."):
         kind = name[2:].split("_")[0]
-        space = {"Conv1d": (4, 6), "Conv2d": (4, 6, 6), "Conv3d": (4, 3, 3, 3), "BatchNorm1d": (16,)}
+        space = {
+            "Conv1d": (4, 6),
+            "Conv2d": (4, 6, 6),
+            "Conv3d": (4, 3, 3, 3),
+            "BatchNorm1d": (16,),
+            "bnb8": (5, 64),
+            "bnb4": (5, 64),
+        }
         if kind == "Embedding":
             return {"x": tokens(TOKENS, 32)}
         return {"x": numbers(*space.get(kind, (5, 16)))}

@@ -22,6 +22,7 @@ RANKS = [
     ["peft.operators"],
     ["peft.updates"],
     ["peft.autograd"],
+    ["peft.overlay"],
     ["peft.hosts"],
     ["peft.config"],
     ["peft.slots"],

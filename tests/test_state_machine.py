@@ -158,7 +158,7 @@ class Oracle:
         weight, bias = host.weight(), host.bias()
         for update in layer.updates((name,)):
             weight, bias = update.weight(weight, call), update.add_bias(bias, call)
-        adjust = host.adjust(weight)
+        adjust = host.adjust(weight, host.packed(weight))
         native = host.native(weight)
         for key, value in (("weight", native), ("bias", bias)):
             if value is not None:

@@ -631,31 +631,39 @@ class Stack:
     """Of the dropout that they share."""
 
 
-def stack(updates: Sequence[Update | None], x: Tensor, weight: Tensor) -> Stack | None:
-    """Low-rank updates (None: none at all) for `mixed`; None if they are not all such, or not plain tensors."""
+def stack(
+    updates: Sequence[Update | None], x: Tensor, shape: tuple[int, int], dtype: torch.dtype | None
+) -> Stack | None:
+    """Low-rank updates (None: none at all) for `mixed`; None if they are not all such, or not plain tensors.
+
+    Args:
+        updates: Them.
+        x: The input.
+        shape: (out, in) of the layer.
+        dtype: What the layer computes in, or None: it would refuse x.
+    """
     there = [u for u in updates if u is not None]
-    dtype = _dtype(x, weight, torch.is_autocast_enabled(x.device.type)) if x.is_floating_point() else None
     rates = set()
     for u in there:
         if not isinstance(u, Add) or not isinstance(u.op, LowRank) or u.op.groups != 1 or u.shift is not None:
             return None
         dropout: Any = u.dropout
         rates.add(0.0 if dropout is None else dropout.p if type(dropout) is nn.Dropout else None)
-    if dtype is None or len(rates) > 1 or None in rates:
+    if dtype is None or not x.is_floating_point() or len(rates) > 1 or None in rates:
         return None
     ops = [None if u is None else u.op for u in updates]  # type: ignore[union-attr]
     factors = [(None, None) if op is None else (op.down, op.up.mT * op.scale) for op in ops]  # type: ignore[union-attr]
-    if not _plain(x, weight, *(factor for pair in factors for factor in pair)):
+    if not _plain(x, *(factor for pair in factors for factor in pair)):
         return None
     rank = max((down.shape[0] for down, _ in factors if down is not None), default=1)
     return Stack(
-        torch.stack([_tall(down, rank, weight.shape[1], weight, dtype) for down, _ in factors]),
-        torch.stack([_tall(up, rank, weight.shape[0], weight, dtype) for _, up in factors]),
+        torch.stack([_tall(down, rank, shape[1], x, dtype) for down, _ in factors]),
+        torch.stack([_tall(up, rank, shape[0], x, dtype) for _, up in factors]),
         rates.pop() if rates else 0.0,  # type: ignore[arg-type]
     )
 
 
-def mixed(held: Stack, route: Route, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def mixed(held: Stack, route: Route, x: Tensor, layer: Callable[[Tensor], Tensor], write: bool = True) -> Tensor:
     """The output of a linear layer for samples with their own low-rank updates, in two products for all of them.
 
     Samples are gathered by adapter where they are smaller than factors, and factors by sample elsewhere: the cost
@@ -665,24 +673,26 @@ def mixed(held: Stack, route: Route, x: Tensor, weight: Tensor, bias: Tensor | N
         held: The distinct updates.
         route: Whose `rows` say which of them each sample has.
         x: Input (batch, …, in).
-        weight: W (out, in).
-        bias: b (out,), or None.
+        layer: Gives the output without them, (batch, tokens, out), in the dtype of the stack, for x of that dtype,
+            (batch, tokens, in).
+        write: Whether what it gives may be written over.
     """
-    samples, out = x.shape[0], weight.shape[0]
+    samples, out = x.shape[0], held.up.shape[2]
     flat = x.to(held.down.dtype).reshape(samples, -1, x.shape[-1])
     with no_autocast(x):
-        y, seen = _linear(flat, weight, bias), F.dropout(flat, held.rate) if held.rate else flat
+        y, seen = layer(flat), F.dropout(flat, held.rate) if held.rate else flat
         tokens = flat.shape[1]
         order, back = route.groups(samples, x.device)
         if 2 * order.numel() * tokens <= samples * held.down.shape[1]:
             groups = seen.index_select(0, order.view(-1)).view(order.shape[0], -1, x.shape[-1])
             delta = torch.bmm(torch.bmm(groups, held.down.mT), held.up).view(-1, tokens, out)
-            y = y.add_(delta.index_select(0, back))
+            delta = delta.index_select(0, back)
+            y = y.add_(delta) if write else y + delta
         else:
             index = route.index(samples, x.device)
             down, up = held.down.index_select(0, index), held.up.index_select(0, index)
             hidden = torch.bmm(seen, down.mT)
-            y = torch.baddbmm(y, hidden, up) if torch.is_grad_enabled() else y.baddbmm_(hidden, up)
+            y = y.baddbmm_(hidden, up) if write and not torch.is_grad_enabled() else torch.baddbmm(y, hidden, up)
     return y.view(*x.shape[:-1], out)
 
 

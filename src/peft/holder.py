@@ -108,7 +108,9 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         host = self.host
         if not self.merged_adapters:
             return host
-        kept = {name: None if t is None else t.to(host.device) for name, t in self._originals["parameters"].items()}
+        device, kept = host.device, self._originals["parameters"]
+        # Not `to` where nothing moves: quantisers' parameters make a copy of themselves around the same state.
+        kept = {name: t if t is None or t.device == device else t.to(device) for name, t in kept.items()}
         twin = lend(host.module, **kept)
         twin.__dict__.update(self._originals["attributes"])
         return ParameterHost(twin, self.parameter_name) if self._is_parameter else self.host_cls(twin)
@@ -235,7 +237,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
                 raise MethodError(f"{method.peft_type} names settings {unset} that resolve() does not return.")
             sizes = Sizes(settings)
             sizes.update({"in": host.in_features, "out": host.out_features, "groups": host.groups, **host.layout})
-            dtype = adapter_dtype(host.dtype, autocast)
+            dtype = adapter_dtype(host.raw.dtype, autocast)
             made = {
                 host.slot_name(slot.name) if slot.host_names_it else slot.name: (
                     slot,

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from peft import autograd, registry, routing
+from peft import autograd, overlay, registry, routing
 from peft.errors import ConfigError, MethodError, PeftWarning, StateError, TargetError, UnsupportedError
 from peft.holder import AdapterHolder, BaseTunerLayer
 from peft.hosts import Host, host_class, supported
@@ -141,7 +141,7 @@ class AdaptedLayer(AdapterHolder):
         host = self.host
         names = self._stack(routing.current()) if names is None else names
         call = Call(self, host, (), {})
-        weight, bias = self._frozen(host)
+        weight, bias = call.weight, call.bias
         if weight.dtype in (torch.float16, torch.bfloat16):
             weight, bias = weight.float(), None if bias is None else bias.float()
         for update in self.updates(names):
@@ -202,8 +202,12 @@ class AdaptedLayer(AdapterHolder):
                 y = host.fused(plan.form, call, x, weight, bias)
                 if y is not None:
                     return y
+            if host.opaque and host.on_input and autograd.can_fuse(host.module) and plan.form is not None:
+                y = overlay.run(plan.form, call, x, call.run_merged if on_merged else call.run, host.fresh)
+                if y is not None:
+                    return y
         if not host.factored or x.is_nested or not all(_runs(u, host) for u in updates):
-            weight, bias = (host.weight(), host.bias()) if on_merged else call.layer._frozen(host)
+            weight, bias = (host.weight(), host.bias()) if on_merged else (call.weight, call.bias)
             for update in updates:
                 weight, bias = update.weight(weight, call), update.add_bias(bias, call)
             return host.act(weight, bias, x, *args, **kwargs)
@@ -239,6 +243,12 @@ class AdaptedLayer(AdapterHolder):
 
     def _merge_order(self, names: Sequence[str]) -> list[str]:
         """The merged part of the stack once these adapters are merged as well."""
+        if names and not self.host.writable:
+            raise UnsupportedError(
+                f"Nothing can be merged into {type(self.get_base_layer()).__name__} ({self.host.backend}): how its "
+                "weight is packed is unknown. Run it unmerged, or load the base model unquantised (or dequantised, by "
+                "transformers' model.dequantize()) and merge there: adapters fit both."
+            )
         for name in names:
             method = method_of(self._adapters[name])
             if not method.mergeable:
@@ -260,11 +270,13 @@ class AdaptedLayer(AdapterHolder):
 
     def _write(self, weight: Tensor, bias: Tensor | None, tied: AdaptedLayer | None = None) -> None:
         host, module = self.host, self.get_base_layer()
-        stored = {host.parameter: host.native(weight).to(host.dtype).contiguous()}
-        old_bias = module._parameters.get(host.bias_parameter)
-        if bias is not None and (old_bias is not None or host.bias_parameter in module._parameters):
-            stored[host.bias_parameter] = bias.to(host.dtype)
-        adjust = host.adjust(weight)
+        stored = {host.parameter: host.packed(weight)}
+        adjust = host.adjust(weight, stored[host.parameter])
+        old_bias = host.bias()
+        if bias is not None and host.bias_parameter in module._parameters:
+            stored[host.bias_parameter] = bias.to(host.dtype if old_bias is None else old_bias.dtype)
+        elif bias is not None and old_bias is not None:
+            adjust[host.bias_parameter] = bias.to(old_bias.dtype)
         kept = self._originals or {"parameters": {}, "attributes": {}}
         for name in stored:  # those that earlier merges changed are kept already
             kept["parameters"].setdefault(name, module._parameters[name])
@@ -273,8 +285,9 @@ class AdaptedLayer(AdapterHolder):
         self._originals = kept
         # New parameters, not new values: whoever shares the old ones (tied weights, unmerge) keeps them untouched.
         for name, tensor in stored.items():
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        if tied is not None and tied.host.raw.shape == host.raw.shape:
+            known = isinstance(tensor, nn.Parameter)
+            module._parameters[name] = tensor if known else nn.Parameter(tensor, requires_grad=False)
+        if tied is not None and not host.opaque and tied.host.raw.shape == host.raw.shape:
             module._parameters[host.parameter] = tied.host.raw  # type: ignore[assignment]
         for name, value in adjust.items():
             setattr(module, name, value)
@@ -287,7 +300,7 @@ class AdaptedLayer(AdapterHolder):
         host, module = self.host, self.get_base_layer()
         for name, parameter in self._originals["parameters"].items():
             if parameter is not None and parameter.device != host.device:
-                parameter.data = parameter.data.to(host.device)
+                parameter = _moved(parameter, host.device)
             module._parameters[name] = parameter
         for name, value in self._originals["attributes"].items():
             setattr(module, name, value)
@@ -301,6 +314,9 @@ class AdaptedLayer(AdapterHolder):
         kept = self._originals.get("parameters", {})
         for name, parameter in kept.items():
             if parameter is None:
+                continue
+            if self.host_cls.opaque:  # quantisers' parameters move with what they carry
+                kept[name] = fn(parameter)
                 continue
             moved = fn(parameter.data)
             if torch._has_compatible_shallow_copy_type(parameter.data, moved):  # pyright: ignore[reportPrivateImportUsage]
@@ -323,6 +339,13 @@ class AdaptedLayer(AdapterHolder):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Without what is only remembered: it refers to tensors as they were, some by views that can't be copied.
         return _rebuild, (self.methods, self.host_cls), {**self.__dict__, "_caches": {}}
+
+
+def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    if type(parameter) is not nn.Parameter:
+        return parameter.to(device)  # type: ignore[return-value]
+    parameter.data = parameter.data.to(device)
+    return parameter
 
 
 def _input_by_name(module: nn.Module, kwargs: dict[str, Any]) -> Tensor:

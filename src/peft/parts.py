@@ -157,35 +157,48 @@ def _read(home: Any, adapter: str, value: Any, tensor: Any) -> tuple[Read, ...]:
 class Call:
     """The frozen layer during one call, as updates see it (`updates.Base`)."""
 
+    _dense: Tensor | None = None
+
     def __init__(self, layer: AdaptedLayer, host: Host, args: tuple, kwargs: dict[str, Any]) -> None:
         self.layer, self.host, self.args, self.kwargs = layer, host, args, kwargs
         self._seen: tuple[Tensor, Tensor] | None = None
 
     @property
+    def _frozen(self) -> Host:
+        return self.layer.frozen if self.layer.merged_adapters else self.host
+
+    @property
     def weight(self) -> Tensor:
-        return self.layer._frozen(self.host)[0]
+        if not self.host.opaque:
+            return self._frozen.weight()
+        if self._dense is None:  # kept as long as the call lasts: to dequantise costs as much as to run the layer
+            self._dense = self._frozen.weight()
+        return self._dense
 
     @property
     def bias(self) -> Tensor | None:
-        return self.layer._frozen(self.host)[1]
+        return self._frozen.bias()
 
     def run(self, x: Tensor) -> Tensor:
         if self._seen is not None and self._seen[0] is x:
             return self._seen[1]
-        if self.layer.merged_adapters and self.layer._inside is not None:
-            y: Tensor = self.layer.frozen.module(x, *self.args, **self.kwargs)
-        elif self.layer.merged_adapters:
+        layer = self.layer
+        if layer.merged_adapters and not self.host.opaque and layer._inside is None:
             y = self.host.act(self.weight, self.bias, x, *self.args, **self.kwargs)
         else:
-            y = self.layer.base_layer(x, *self.args, **self.kwargs)
+            frozen = self._frozen
+            module = frozen.module if layer.merged_adapters else layer.base_layer
+            y = frozen.run(module, x, *self.args, **self.kwargs)
         self._seen = (x, y)
         return y
 
     def remember(self, tensors: tuple[Tensor, ...], scale: Any, make: Callable[[], Tensor]) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or tensors[0].device.type == "meta":
             return make()
-        tensors = (*tensors, self.host.raw)
         now = [(t._version, t.data_ptr()) for t in tensors]
+        tensors = (*tensors, self.host.raw)
+        if not self.host.opaque:  # packed tensors have no address, or no memory of their own
+            now.append((tensors[-1]._version, tensors[-1].data_ptr()))
         norms: dict[int, Any] = self.layer._caches.setdefault("norms", {})
         kept = norms.get(id(tensors[0]))
         if kept is None or kept[1:3] != (now, scale) or any(a is not b for a, b in zip(kept[0], tensors, strict=True)):
@@ -194,7 +207,7 @@ class Call:
 
     def run_merged(self, x: Tensor) -> Tensor:
         """The base layer as it stands, merged adapters included."""
-        return self.layer.base_layer(x, *self.args, **self.kwargs)
+        return self.host.run(self.layer.base_layer, x, *self.args, **self.kwargs)
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
         return self.host.lift(op, x)

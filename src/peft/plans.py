@@ -87,6 +87,6 @@ def _read(value: Any, read: set[int], recorded: bool, default: Any = ...) -> boo
         return all(_read(getattr(value, f.name), read, recorded, f.default) for f in fields(value))  # type: ignore[arg-type]
     if isinstance(value, (list, tuple)):
         return all(_read(item, read, recorded) for item in value)
-    if isinstance(value, torch.Tensor) and not recorded and id(value._base) in read:
+    if isinstance(value, torch.Tensor) and not recorded and value._base is not None and id(value._base) in read:
         return True
     return id(value) in read or value is default or type(value) in (bool, int)

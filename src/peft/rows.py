@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from peft import autograd, routing
 from peft.errors import StateError, UnsupportedError
 from peft.holder import AdapterHolder
+from peft.hosts import Host
+from peft.parts import Call
 
 if TYPE_CHECKING:
     from peft.layer import AdaptedLayer
@@ -121,9 +123,9 @@ def batched(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor) -> Tensor | N
     host = layer.host
     if not host.on_input or x.dim() < 2 or not autograd.can_fuse(host.module):
         return None
-    weight, bias = layer._frozen(host)
+    dtype = _dtype(layer, host, x)
     names = tuple(n if n in layer._adapters else None for n in dict.fromkeys(rows))
-    key = (names, x.dtype, weight.dtype, x.device, torch.is_autocast_enabled(x.device.type), layer.training)
+    key = (names, x.dtype, dtype, x.device, torch.is_autocast_enabled(x.device.type), layer.training)
     keep = not torch.is_grad_enabled() and not layer._banks and not layer._leaders
     kept: Kept | None = layer._caches.get("rows") if keep else None
     parts = _parts(layer, names)
@@ -137,14 +139,29 @@ def batched(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor) -> Tensor | N
         if any(hooks):
             return None
         updates = [None if name is None else layer.updates((name,), running=True)[0] for name in names]
-        stacked = autograd.stack(updates, x, weight)
+        stacked = autograd.stack(updates, x, (host.out_features, host.in_features), dtype)
         if stacked is None:
             return None
         if keep:
             layer._caches["rows"] = Kept.of(key, parts, modules, hooks, stacked)
     route = routing.current()
     route = route if route is not None and route.rows == rows else routing.Route(rows=rows)
-    return autograd.mixed(stacked, route, x, weight, bias)
+    if not host.opaque:
+        weight, bias = layer._frozen(host)
+        return autograd.mixed(stacked, route, x, partial(autograd._linear, weight=weight, bias=bias))
+    y = Call(layer, host, (), {}).run(x)
+    return autograd.mixed(stacked, route, x, lambda flat: y.view(*flat.shape[:-1], -1).to(flat.dtype), False).to(
+        y.dtype
+    )
+
+
+def _dtype(layer: AdaptedLayer, host: Host, x: Tensor) -> torch.dtype | None:
+    """The dtype that the adapters of a linear layer compute in; None where its weight is not a plain tensor."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if host.opaque:
+        return torch.get_autocast_dtype(x.device.type) if autocast and x.dtype != torch.float64 else x.dtype
+    weight = layer._frozen(host)[0]
+    return autograd._dtype(x, weight, autocast) if autograd._plain(weight) else None
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _layer(name: str, module: Any) -> TunerLayerStatus:
         requires_grad=grads,
         available_adapters=sorted(names),
         devices=devices,
-        quantization_backend=None,
+        quantization_backend=module.host.backend if isinstance(module, AdaptedLayer) else None,
     )
 
 
@@ -150,7 +150,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         requires_grad={a: _same([s.requires_grad[a] for s in layers if a in s.requires_grad]) for a in adapters},
         available_adapters=adapters,
         devices={a: sorted({d for s in layers for d in s.devices.get(a, [])}) for a in adapters},
-        quantization_backend=None,
+        quantization_backend=_same([s.quantization_backend for s in speaking]),
     )
 
 

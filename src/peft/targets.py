@@ -16,6 +16,7 @@ from peft import patterns, registry
 from peft.config import PeftType, TargetedConfig
 from peft.errors import NoMatchingPeftModuleError, TargetError, nearest
 from peft.hosts import host_class
+from peft.hosts.linear import LinearHost
 from peft.layer import AdaptedLayer
 
 ALL_LINEAR = "all-linear"
@@ -179,7 +180,7 @@ def linear_modules(model: nn.Module) -> list[str]:
     for key, module in _adaptable(model):
         inner = module.get_base_layer() if isinstance(module, AdaptedLayer) else module
         host = host_class(inner)
-        if host is not None and host.name == "Linear" and id(inner) not in heads and id(module) not in heads:
+        if host is not None and issubclass(host, LinearHost) and id(inner) not in heads and id(module) not in heads:
             found.append(key)
     return found
 

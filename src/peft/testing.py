@@ -106,10 +106,9 @@ class Place:
 
     def target(self, config: TargetedConfig) -> TargetedConfig:
         """The config with this place as its target."""
-        names = {f.name for f in fields(config)}
         changes: dict[str, Any] = {"target_modules": None if self.parameter else ["layer"]}
         if self.parameter:
-            if "target_parameters" not in names:
+            if "target_parameters" not in {f.name for f in fields(config)}:
                 raise TargetError(f"{type(config).__name__} has no target_parameters.")
             changes |= {"target_modules": [], "target_parameters": ["layer.weight"]}
         return replace(config, **changes)
@@ -122,6 +121,13 @@ class Place:
         return torch.randn(self.shape, generator=draw, dtype=torch.float64).to(dtype)
 
 
+class SelfRun(nn.Linear):
+    """A linear layer that runs itself, as quantised ones do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 def _conv1d_of_transformers() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -132,6 +138,7 @@ PLACES: dict[str, Place] = {
     "Linear": Place(lambda: Holder(nn.Linear(8, 12))),
     "Linear, square, no bias": Place(lambda: Holder(nn.Linear(8, 8, bias=False))),
     "two Linears": Place(Two),
+    "Linear that runs itself": Place(lambda: Holder(SelfRun(8, 12))),
     "Conv1D (transformers)": Place(_conv1d_of_transformers),
     "Conv1d": Place(lambda: Holder(nn.Conv1d(4, 8, 3, padding=1)), (3, 4, 6)),
     "Conv2d": Place(lambda: Holder(nn.Conv2d(4, 8, 3, stride=2, padding=1, padding_mode="circular")), (3, 4, 6, 6)),
@@ -650,9 +657,7 @@ def _compile(t: Trial) -> None:
 def _checkpointing(t: Trial) -> None:
     """Recomputing the forward pass in the backward one changes no gradient."""
     model, x = t.adapted().train(), t.input()
-    _same_gradients(
-        model, lambda: checkpoint(model, x, use_reentrant=False), lambda: model(x), "with and without checkpointing"
-    )
+    _same_gradients(model, lambda: checkpoint(model, x, use_reentrant=False), lambda: model(x), "with and without it")
 
 
 def _same_gradients(model: nn.Module, one: Callable[[], Any], two: Callable[[], Tensor], what: str) -> None:

@@ -43,6 +43,7 @@ IMPORTS = {
     """,
     "peft.tuners.lora.loraga": "",
     "peft.tuners.lora.model": "LoraModel",
+    "peft.tuners.lora.bnb": "Linear4bit Linear8bitLt",
     "peft.tuners.lora.torchao": "",
     "peft.tuners.lora.tp_layer": "LoraParallelLinear",
     "peft.tuners.lora.variants": "MiCALinearVariant",
@@ -59,12 +60,13 @@ IMPORTS = {
         check_hotswap_configs_compatible hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap
     """,
     "peft.utils.integrations": """
-        dequantize_module_weight gather_params_ctx get_bnb_param_type init_empty_weights
+        dequantize_bnb_weight dequantize_module_weight gather_params_ctx get_bnb_param_type init_empty_weights
     """,
     "peft.utils.other": """
         AuxiliaryTrainingWrapper ModulesToSaveWrapper SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME _get_submodules
         fsdp_auto_wrap_policy get_pattern_key prepare_model_for_kbit_training
     """,
+    "peft.utils.quantization_utils": "QuantizationBackend resolve_quantization_backend",
     "peft.utils.save_and_load": "get_peft_model_state_dict _maybe_shard_state_dict_for_tp",
     "peft.utils.transformers_weight_conversion": """
         build_peft_weight_mapping convert_peft_config_for_transformers get_model_conversion_mapping
@@ -79,7 +81,6 @@ LATER = {
     "peft.tuners.lora.eva:",
     "peft.tuners.lora.layer:_LoraParameterProxy",
     "peft.tuners.lora.loraga:",
-    "peft.tuners.lora.torchao:",
     "peft.tuners.lora.variants:MiCALinearVariant",
     "peft.utils.save_and_load:_maybe_shard_state_dict_for_tp",
 }

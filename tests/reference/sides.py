@@ -35,7 +35,9 @@ class Reference:
     name = "reference"
 
     def __init__(self) -> None:
-        paths = [str(ensure_reference()), str(ROOT)]
+        added = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        others = [path for path in added if not Path(path, "peft").is_dir()]  # but not what is under test
+        paths = [str(ensure_reference()), str(ROOT), *others]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.reference.worker"],

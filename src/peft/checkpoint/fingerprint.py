@@ -186,7 +186,8 @@ def _spread(ordered: list[str]) -> list[str]:
 def _kind(tensor: Tensor | None) -> str:
     if tensor is None or tensor.is_meta:
         return UNREAD
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
+    own_floats = type(tensor).dequantize is not Tensor.dequantize  # types of quantisers show the dtype they stand for
+    if own_floats or not tensor.is_floating_point() or tensor.element_size() < 2:
         return QUANTIZED
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and tensor.numel()
     return FLOAT if plain else UNREAD

@@ -407,15 +407,18 @@ def base_sketch(model: nn.Module, adapter: str, only: list[str] | None = None) -
         name = layer.host.parameter
         if (kept := layer._originals.get("parameters", {}).get(name)) is not None:
             frozen[id(layer.get_base_layer()), name] = kept
-    found = {}
+    found, shapes = {}, {}
     for path, layer in adapted:
         if adapter in layer.available_adapters:
             parts = keys.strip(path).removeprefix(keys.BASE_PREFIX).split(".")
             plain = ".".join(part for part in parts if part not in ("token_adapter", "base_layer"))
-            name = layer.host.parameter
+            host, name = layer.host, layer.host.parameter
             tensor = frozen.get((id(layer.get_base_layer()), name), layer.get_param())
+            if host.opaque:  # by the name and shape that the tensor has where nothing is packed
+                name = "weight"
+                shapes[f"{plain}.{name}"] = host.unpacked_shape
             found[f"{plain}.{name}"] = tensor.detach()
-    return fingerprint.sketch(found, {}, only=only) if found else None
+    return fingerprint.sketch(found, shapes, only=only) if found else None
 
 
 def sketch_here(model: nn.Module, adapter: str, saved: Mapping[str, Any], current: dict[str, Any]) -> Mapping[str, Any]:

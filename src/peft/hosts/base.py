@@ -43,10 +43,14 @@ class Host:
     parameter: ClassVar[str] = "weight"
     """The parameter that holds W."""
     bias_parameter: ClassVar[str] = "bias"
+    opaque: ClassVar[bool] = False
+    """Whether the layer itself runs, by kernels of its own, and `weight()` is made on demand (quantised layers)."""
+    fresh: ClassVar[bool] = False
+    """Whether an opaque layer's outputs are new tensors that nobody else holds, so that they may be written over."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _HOSTS.update(dict.fromkeys(cls.types, cls))
+        _HOSTS.update(dict.fromkeys(cls.__dict__.get("types", ()), cls))
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -67,6 +71,16 @@ class Host:
     def dtype(self) -> torch.dtype:
         """The dtype that the weight has, or is dequantised to."""
         return self.raw.dtype
+
+    @property
+    def backend(self) -> str | None:
+        """What quantised the layer, in the words of HF PEFT (`"bnb 4bit"`); None for plain layers."""
+        return None
+
+    @property
+    def writable(self) -> bool:
+        """Whether the layer can be given another weight, so that adapters can be merged into it."""
+        return True
 
     @property
     def out_features(self) -> int:
@@ -103,8 +117,13 @@ class Host:
         """Sizes that methods may use beyond (out, in); a convolution tells its channels and kernel here."""
         return {}
 
+    @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        """The shape that the stored weight has where nothing quantises it."""
+        return tuple(self.raw.shape)
+
     def weight(self) -> Tensor:
-        """W (out, in), a view where possible."""
+        """W (out, in), a view where possible; dequantised, a new tensor, where the layer is quantised."""
         return self.raw
 
     def bias(self) -> Tensor | None:
@@ -116,8 +135,13 @@ class Host:
         """W (out, in) in the shape in which the layer stores it."""
         return weight
 
-    def adjust(self, weight: Tensor) -> dict[str, Any]:
-        """Attributes of the layer that must change for it to hold `weight` (groups of a convolution)."""
+    def packed(self, weight: Tensor) -> Tensor:
+        """W (out, in) as the layer stores it: a new tensor, quantised by the layer's own settings where it is."""
+        return self.native(weight).to(self.dtype).contiguous()
+
+    def adjust(self, weight: Tensor, stored: Tensor) -> dict[str, Any]:
+        """Attributes of the layer that must change for it to hold `weight`, packed as `stored` (groups of a
+        convolution, states of quantisers)."""
         return {}
 
     # how it acts
@@ -125,6 +149,11 @@ class Host:
     def act(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with W and b replaced for this call."""
         raise NotImplementedError
+
+    def run(self, layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The output of the layer (or of an adapted one that stands around it), with a gradient for x even where the
+        layer's own kernel has none."""
+        return layer(x, *args, **kwargs)
 
     def lift(self, op: Operator, x: Tensor) -> Tensor:
         """The output of a layer whose weight is `op` and whose bias is none."""
@@ -180,8 +209,8 @@ class Host:
         return name
 
 
-def host_class(module: nn.Module) -> type[Host] | None:
-    """The host for a module's type, or None if it can't be adapted."""
+def named_host(module: nn.Module) -> type[Host] | None:
+    """The host registered for a module's class, or for one that it derives from."""
     for cls in type(module).__mro__:
         if (host := _HOSTS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
             return host
@@ -190,7 +219,7 @@ def host_class(module: nn.Module) -> type[Host] | None:
 
 def supported() -> list[str]:
     """Names of the layer types that have a host."""
-    return sorted(name.rpartition(".")[2] for name in _HOSTS)
+    return sorted({name.rpartition(".")[2] for name in _HOSTS})
 
 
 _BLANK = vars(nn.Module())

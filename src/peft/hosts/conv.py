@@ -51,7 +51,7 @@ class ConvHost(Host):
     def native(self, weight: Tensor) -> Tensor:
         return weight.reshape(weight.shape[0], -1, *self.raw.shape[2:])
 
-    def adjust(self, weight: Tensor) -> dict[str, Any]:
+    def adjust(self, weight: Tensor, stored: Tensor) -> dict[str, Any]:
         return {"groups": self._groups(weight)}
 
     def _groups(self, weight: Tensor) -> int:

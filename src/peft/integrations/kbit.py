@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 
+from peft.hosts import host_class
+from peft.hosts.opaque import is_packed
+
+_TAKE_ANY_FLOAT = {"bnb 4bit", "bnb 8bit", "torchao", "quanto"}
+
 
 def require_input_gradients(model: Any) -> None:
     """Make the output of the input embedding require a gradient, so that reentrant checkpoints have something to
@@ -31,7 +36,8 @@ def prepare_model_for_kbit_training(
     checkpointing.
 
     Large half precision matrices stay as they are unless they belong to a quantised model's own unquantised layers, in
-    which case they are raised as well (embeddings and head, 4 bytes per element).
+    which case they are raised as well (embeddings and head, 4 bytes per element). Nothing is raised beside layers whose
+    kernels read one dtype (GPTQ, AWQ, HQQ, ...): the float32 that norms would then give is refused there.
 
     Args:
         model: The model; changed in place.
@@ -46,9 +52,15 @@ def prepare_model_for_kbit_training(
     quantised = quantised or getattr(model, "quantization_method", None) is not None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if not getattr(model, "is_gptq", False):
-        for parameter in model.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+    hosts = {module: host(module) for module in model.modules() if (host := host_class(module)) is not None}
+    backends = {host.backend for host in hosts.values()} - {None}
+    # Other kernels refuse the float32 that would reach them; those layers' own floats (scales) are for the kernel.
+    for module in model.modules() if backends <= _TAKE_ANY_FLOAT else ():
+        keeps = module in hosts and hosts[module].opaque
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.dtype not in (torch.float16, torch.bfloat16) or is_packed(parameter):
+                continue
+            if not keeps or name == "bias":
                 parameter.data = parameter.data.float()
     if use_gradient_checkpointing and (quantised or hasattr(model, "gradient_checkpointing_enable")):
         options = dict(gradient_checkpointing_kwargs or {})

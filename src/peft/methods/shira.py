@@ -96,7 +96,7 @@ class Shira(WeightMethod, peft_type="SHIRA", config=ShiraConfig):
         twin = copy.copy(host)
         mask = config.mask_fn(host.module, config.r, random_seed=config.random_seed)
         twin.module = lend(host.module, **{host.parameter: mask})
-        found = torch.stack(torch.where(twin.weight()))
+        found = torch.stack(torch.where(host.native(mask) if host.opaque else twin.weight()))
         if found.shape[1] != count:
             where = p.site.key if p.site else host.name
             raise TargetError(

@@ -6,6 +6,8 @@ from peft.methods.lora.config import EvaConfig as EvaConfig
 from peft.methods.lora.config import LoftQConfig as LoftQConfig
 from peft.methods.lora.config import LoraConfig as LoraConfig
 from peft.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+from peft.tuners.lora.bnb import Linear4bit as Linear4bit
+from peft.tuners.lora.bnb import Linear8bitLt as Linear8bitLt
 from peft.tuners.lora.layer import Conv1d as Conv1d
 from peft.tuners.lora.layer import Conv2d as Conv2d
 from peft.tuners.lora.layer import Conv3d as Conv3d
