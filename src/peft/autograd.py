@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from peft.operators import LowRank, Operator
+from peft.operators import Bilinear, LowRank, Operator
 from peft.operators.base import SMALL, made_of
+from peft.operators.plain import as_operator
 from peft.routing import Route
 from peft.updates import Add, After, Base, Before, Magnitude, Shift, Update
 
@@ -304,6 +305,22 @@ class OperatorLinear(torch.autograd.Function):
         return None, None, None, grad_x, None, grad_bias, *(next(rest) if need else None for need in need_parts)
 
 
+class FrozenLinear(torch.autograd.Function):
+    """x Wᵀ + b for a W that is not trained. Keeps W, in the dtype that it has, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_x = FrozenLinear.apply(grad, weight.mT, None) if needs[0] else None
+        return grad_x, None, grad.sum(0) if needs[2] else None
+
+
 def _summed(op: Operator, x: Tensor, dropped: bool) -> bool:
     """Whether W + op runs as one matrix where op is dense anyway: if the sum is not rounded to 16 bits (or is, by
     definition of the method)."""
@@ -501,6 +518,8 @@ def _operator(
     """Any other update by an operator, on x (n, in)."""
     small = _small(x, weight)
     if not small and (dropout or (torch.is_grad_enabled() and (_denser(op, x) or not _lean(op, x, weight)))):
+        if dropout is None and _only_middle(op, x):
+            return _through(x, weight, bias, op)
         draw = Dropout.draw(dropout.p if dropout else 0.0)
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = x if dropout is None else dropout(x)
@@ -513,6 +532,21 @@ def _operator(
     if before:
         return _linear(changed.to(x.dtype), weight, bias)
     return _linear(x, weight, bias).add_(changed)
+
+
+def _only_middle(op: Operator, x: Tensor) -> TypeGuard[Bilinear]:
+    """Whether only the middle of a product learns and is no wider than x, and a step with the dense form costs more."""
+    if type(op) is not Bilinear or isinstance(op.scale, Tensor) or op.down.requires_grad or op.up.requires_grad:
+        return False
+    dense = 3 * op.flops_dense(x.shape[0]) + op.flops_dense(0)
+    return op.down.shape[0] <= op.down.shape[1] and 2 * op.flops(x.shape[0]) <= dense
+
+
+def _through(x: Tensor, weight: Tensor, bias: Tensor | None, op: Bilinear) -> Tensor:
+    """x Wᵀ + b + op x where `_only_middle` learns: keeps what the middle sees, in place of x."""
+    hidden, middle = FrozenLinear.apply(x, op.down, None), as_operator(op.middle)
+    changed = OperatorLinear.apply(middle, True, None, hidden, op.up, None, *_tensors(middle))
+    return FrozenLinear.apply(x, weight, bias).add_(changed, alpha=op.scale)
 
 
 def _lean(op: Operator, x: Tensor, weight: Tensor) -> bool:

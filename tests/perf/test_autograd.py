@@ -34,6 +34,7 @@ CONFIGS: dict[str, Any] = {
     "RoAd": lambda: peft.RoadConfig(group_size=4, target_modules=["lin"]),
     "BEFT": lambda: peft.BeftConfig(target_modules=["lin"]),
     "MiSS": lambda: peft.MissConfig(r=2, target_modules=["lin"]),
+    "FRoD": lambda: peft.FrodConfig(sparse_rate=0.1, target_modules=["lin"]),
 }
 
 
@@ -183,7 +184,7 @@ def test_autocast(name, dtype):
     assert_equal(found, wanted, 4e-2)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "C3A"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "C3A", "FRoD"])
 def test_can_be_differentiated_twice(name):
     model = adapted(CONFIGS[name]())
     results = []
