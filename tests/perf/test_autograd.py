@@ -271,7 +271,7 @@ def kept(run: Any, model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("DoRA", "LoRA with bias", "RoAd")])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("DoRA", "LoRA with bias", "RoAd", "FRoD")])
 def test_keeps_the_input_and_nothing_else(name, dropout):
     config = CONFIGS[name]()
     if dropout:
@@ -284,6 +284,13 @@ def test_keeps_the_input_and_nothing_else(name, dropout):
     # weights
     adapter = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     assert kept(lambda: model(x), model) <= x.untyped_storage().nbytes() + adapter
+
+
+def test_keeps_what_the_middle_of_a_product_sees_in_place_of_the_input():
+    model = adapted(CONFIGS["FRoD"](), torch.bfloat16, inner=64, out=64)
+    x = torch.randn(4096, 64, dtype=torch.bfloat16, requires_grad=True)
+    places = 8 * 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert kept(lambda: model(x), model) <= x.untyped_storage().nbytes() + places
 
 
 def test_projections_of_one_input_share_what_they_keep():
