@@ -370,9 +370,10 @@ def _denser(op: Operator, x: Tensor) -> bool:
     """Whether a step with the dense form costs less: built twice and differentiated, but no part of it run twice."""
     if type(op).apply is Operator.apply:
         return True
-    tokens, build = x.shape[0], op.flops_dense(0)
-    if op.brief and math.prod(op.shape) <= _SMALL and tokens * sum(op.shape) <= _SMALL:
-        return True
+    tokens = x.shape[0]
+    if math.prod(op.shape) <= _SMALL and tokens * sum(op.shape) <= _SMALL:
+        return op.brief
+    build = op.flops_dense(0)
     return 4 * op.flops(tokens) > 3 * op.flops_dense(tokens) + build
 
 
@@ -456,7 +457,7 @@ class Form:
         if shift is not None:
             bias = shift.to(x.dtype) if bias is None else bias + shift.to(bias.dtype)
         if kind is Shift:
-            return _linear(x, weight, bias)
+            return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).mT)  # type: ignore[union-attr]
         if self.thin:
             return _low_rank(
                 x, weight, bias, self.op, self.dropout, None if self.update is add else self.update.gain(base)
@@ -524,7 +525,7 @@ def _operator(
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = x if dropout is None else dropout(x)
     dtypes = {part.dtype for part in parts if part.is_floating_point()}  # several, where methods compute under autocast
-    if not small or len(dtypes) > 1:
+    if not small or len(dtypes) > 1 or op.rounds:
         return _run(op.to(x.dtype), before, x, seen, weight, bias, dropout is not None)
     if x.dtype in dtypes:
         return _run(op, before, x, seen, weight, bias, dropout is not None)
@@ -563,7 +564,7 @@ def _run(
     if not _denser(op, x):
         return _linear(x, weight, bias).add_(op.apply(seen))
     if _summed(op, x, dropped):
-        return _linear(x, op.onto(weight), bias)
+        return _linear(x, op.onto(weight.to(x.dtype)), bias)
     return _linear(x, weight, bias).addmm_(seen, op.dense().mT)
 
 

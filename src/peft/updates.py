@@ -157,16 +157,21 @@ class Add(Update):
 
 @dataclass(frozen=True, eq=False)
 class Shift(Update):
-    """b + vector."""
+    """b + vector, of shape (out,) or (1, out)."""
 
     vector: Tensor
     relative = True
 
+    @property
+    def shift(self) -> Tensor:
+        """What is added (out,)."""
+        return self.vector.flatten()
+
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
-        return base.shift(prev(x), self.vector)
+        return base.shift(prev(x), self.shift)
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
-        return _sum(bias, self.vector)
+        return _sum(bias, self.shift)
 
 
 @dataclass(frozen=True, eq=False)

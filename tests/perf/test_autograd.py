@@ -172,7 +172,7 @@ def test_shapes(inner, out, rank, batch, bias):
         assert_equal(step(model, x), step(model, x, plain=True), 1e-11)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "LoHa", "OFT"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "LoHa", "OFT", "SHiRA"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(name, dtype):
     model = adapted(CONFIGS[name](), torch.float32)

@@ -124,9 +124,10 @@ class Operator:
 
     def to(self: Op, dtype: torch.dtype) -> Op:
         """The operator with its floating point tensors in `dtype`; itself when they already are."""
-        if not _differs(self, dtype):
+        values = {name: _cast(getattr(self, name), dtype) for name in self.__match_args__}
+        if all(value is getattr(self, name) for name, value in values.items()):
             return self
-        return made_of(type(self), {name: _cast(getattr(self, name), dtype) for name in self.__match_args__})
+        return made_of(type(self), values)
 
     def like(self) -> Tensor:
         """A tensor with the dtype and device of the matrix."""
@@ -149,23 +150,15 @@ def made_of(cls: type[Op], values: dict[str, Any]) -> Op:
     return made
 
 
-def _differs(value: Any, dtype: torch.dtype) -> bool:
-    if isinstance(value, Tensor):
-        return value.dtype != dtype and value.is_floating_point()
-    if isinstance(value, Operator):
-        value = [getattr(value, name) for name in value.__match_args__]
-    if isinstance(value, (tuple, list)):
-        return any(_differs(item, dtype) for item in value)
-    return isinstance(value, torch.dtype) and value != dtype
-
-
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A field in `dtype`; itself when it already is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype != dtype and value.is_floating_point() else value
     if isinstance(value, Operator):
         return value.to(dtype)
     if isinstance(value, tuple):
-        return tuple(_cast(item, dtype) for item in value)
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        items = tuple([_cast(item, dtype) for item in value])
+        return value if all(one is two for one, two in zip(items, value, strict=True)) else items
     return dtype if isinstance(value, torch.dtype) else value
 
 
