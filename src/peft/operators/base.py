@@ -10,6 +10,7 @@ The contract comes in three grades:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -148,6 +149,38 @@ def made_of(cls: type[Op], values: dict[str, Any]) -> Op:
     made = object.__new__(cls)
     made.__dict__.update(values)
     return made
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors that an operator is made of, in a fixed order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Operator):
+        value = [getattr(value, name) for name in value.__match_args__]
+    return [t for item in value for t in tensors_of(item)] if isinstance(value, (list, tuple)) else []
+
+
+def shell(value: Any) -> Any:
+    """An operator without its tensors, so that a node that keeps it keeps none of them."""
+    return _mapped(value, lambda _: _HOLE)
+
+
+def filled(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The inverse of `shell`, given the tensors in the order of `tensors_of`."""
+    return _mapped(value, lambda _: next(tensors))
+
+
+_HOLE = object()
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Tensor) or value is _HOLE:
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, change) for item in value)
+    if not isinstance(value, Operator):
+        return value
+    return made_of(type(value), {name: _mapped(getattr(value, name), change) for name in value.__match_args__})
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
