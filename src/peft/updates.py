@@ -140,7 +140,8 @@ class Add(Update):
         return base.lift(self.op, x if self.dropout is None else self.dropout(x))
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
-        y = prev(x) + self.delta(x, base)
+        y = prev(x)
+        y = y + self.delta(x, base).to(y.dtype)  # under autocast not all operators run in the dtype of the layer
         return y if self.shift is None else base.shift(y, self.shift)
 
     def transposed(self, base: Base) -> Update:

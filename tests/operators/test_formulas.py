@@ -202,7 +202,6 @@ def test_cheap_forms_are_known_to_be_cheap() -> None:
         ops.Neumann(torch.empty(32, 496), 32, 32),
         ops.Fold(torch.empty(32, wide), *size),
         ops.Fourier(places, torch.empty(500), *size),
-        ops.Wavelet(places, torch.empty(500), torch.empty(2, 4), *size),
     ]
     for op in cheap:
         assert op.flops(tokens) < 0.7 * op.flops_dense(tokens), type(op).__name__

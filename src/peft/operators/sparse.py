@@ -179,7 +179,7 @@ class Sparse(Operator):
 
     def flops(self, tokens: int) -> float:
         count = self.values.shape[0]
-        if self.values.device.type != "cpu" or not _compresses():
+        if self.values.device.type != "cpu" or not eager() or not _compresses():
             return GATHERED * tokens * count
         # Measured: of a gather; of a product by compressed rows, and of copies by feature for it.
         return tokens * (100.0 * count if self._gathers(tokens) else 28.0 * count + 424.0 * sum(self.shape))
