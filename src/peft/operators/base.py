@@ -125,7 +125,7 @@ class Operator:
 
     def to(self: Op, dtype: torch.dtype) -> Op:
         """The operator with its floating point tensors in `dtype`; itself when they already are."""
-        values = {name: _cast(getattr(self, name), dtype) for name in self.__match_args__}
+        values: dict[str, Any] = {name: _cast(getattr(self, name), dtype) for name in self.__match_args__}
         if all(value is getattr(self, name) for name, value in values.items()):
             return self
         return made_of(type(self), values)
