@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from peft.config import TargetedConfig
