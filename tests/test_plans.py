@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, registry
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, plans, registry
 from peft.layer import AdaptedLayer
 from peft.method import WeightMethod
 from peft.testing import samples, train
+from peft.updates import Shift
 
 METHODS = [
     name
@@ -52,8 +53,8 @@ def forgetful(model: PeftModel, x: Tensor) -> Tensor:
 def kept(layer: AdaptedLayer) -> bool:
     return any(
         plan is not None and plan.stands(layer.__dict__)
-        for plans in layer._caches.get("plans", ())
-        for plan in plans.values()
+        for held in layer._caches.get("plans", ())
+        for plan in held.values()
     )
 
 
@@ -143,16 +144,27 @@ def test_lora_is_read_off_once():
     assert layer._caches["plans"][False]["default",] is first
 
 
-def test_views_are_kept_without_gradients_only():
+def test_vectors_of_any_shape_are_read_off_once_and_train():
     model, layer = adapted(IA3Config(target_modules=["lin"], feedforward_modules=[]))
-    x = torch.randn(3, 12)
-    with torch.no_grad():
-        model(x)
-    assert kept(layer)
     for _ in range(2):
-        model(x).sum().backward()
-    assert layer._caches["plans"][True]["default",] is None
-    assert layer.ia3_l["default"].grad is not None
+        model(torch.randn(3, 12)).sum().backward()
+    assert layer._caches["plans"][True]["default",] is not None
+    assert layer.ia3_l["default"].grad.shape == (8, 1)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_views_of_parameters_are_kept_without_gradients_only(recorded):
+    parameter, buffer = nn.Parameter(torch.ones(1, 4)), torch.ones(1, 4)
+    assert plans._read(parameter.flatten(), {id(parameter)}, recorded) is not recorded
+    assert plans._read(buffer.flatten(), {id(buffer)}, recorded)
+
+
+def test_updates_that_remember_more_than_their_fields_are_not_kept():
+    vector = torch.ones(4)
+    update = Shift(vector)
+    assert plans._read(update, {id(vector)}, True)
+    update.__dict__["sum"] = vector.sum()
+    assert not plans._read(update, {id(vector)}, True)
 
 
 def test_what_is_computed_is_not_kept():

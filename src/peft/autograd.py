@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from peft.operators import Diagonal, LowRank, Operator
-from peft.operators.base import SMALL, made_of
+from peft.operators import Bilinear, Diagonal, LowRank, Operator
+from peft.operators.base import SMALL, filled, shell, tensors_of
+from peft.operators.plain import as_operator
 from peft.routing import Route
 from peft.updates import Add, After, Base, Before, Magnitude, Shift, Update
 
@@ -35,6 +36,8 @@ _LEVELS = 1 << 16
 _SMALL = SMALL
 _BESIDE = 16
 """How many times the elements of input and output a weight has that they are little beside."""
+_FRESH = 32.0
+"""What an element of a new matrix costs, in operations of a product (measured on a CPU)."""
 _AS_IT_IS = nullcontext()
 _THIN = 16
 """A projection of the input is kept for backward where it is so many times smaller than the input."""
@@ -305,7 +308,7 @@ class OperatorLinear(torch.autograd.Function):
         *parts: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, *parts)
-        ctx.op, ctx.before, ctx.dropout = _shell(op), before, dropout
+        ctx.op, ctx.before, ctx.dropout = shell(op), before, dropout
         seen = _keep(x, dropout.mask(x)) * dropout.gain if dropout else x
         return _run(op.to(x.dtype), before, x, seen, weight, bias, dropout is not None)
 
@@ -316,7 +319,7 @@ class OperatorLinear(torch.autograd.Function):
         mask = dropout.mask(x) if dropout else None
         grad_bias = grad.sum(0) if needs[5] else None
         if torch.is_grad_enabled():
-            acting = _filled(ctx.op, iter(parts)).to(x.dtype)
+            acting = filled(ctx.op, iter(parts)).to(x.dtype)
             with torch.enable_grad():
                 seen = x if mask is None else _where(x, mask) * dropout.gain
                 y = _act(acting, seen)
@@ -326,7 +329,7 @@ class OperatorLinear(torch.autograd.Function):
         held = [t.detach().requires_grad_() if need else t for t, need in zip(parts, need_parts, strict=True)]
         wanted = [t for t, need in zip(held, need_parts, strict=True) if need]
         with torch.enable_grad():
-            acting = _filled(ctx.op, iter(held)).to(x.dtype)
+            acting = filled(ctx.op, iter(held)).to(x.dtype)
         if not before and _denser(acting, x) and _summed(acting, x, dropout is not None):
             grad_x = grad @ acting.onto(weight.to(x.dtype)) if needs[3] else None
             found = ()
@@ -344,6 +347,22 @@ class OperatorLinear(torch.autograd.Function):
         grad_x = None if not needs[3] else back if before else base.add_(back)  # type: ignore[union-attr]
         rest = iter(found)
         return None, None, None, grad_x, None, grad_bias, *(next(rest) if need else None for need in need_parts)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x Wᵀ + b for a W that is not trained. Keeps W, in the dtype that it has, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_x = FrozenLinear.apply(grad, weight.mT, None) if needs[0] else None
+        return grad_x, None, grad.sum(0) if needs[2] else None
 
 
 def _summed(op: Operator, x: Tensor, dropped: bool) -> bool:
@@ -395,42 +414,24 @@ def _denser(op: Operator, x: Tensor) -> bool:
     """Whether a step with the dense form costs less: built twice and differentiated, but no part of it run twice."""
     if type(op).apply is Operator.apply:
         return True
-    tokens, build = x.shape[0], op.flops_dense(0)
-    if op.brief and math.prod(op.shape) <= _SMALL and tokens * sum(op.shape) <= _SMALL:
+    tokens = x.shape[0]
+    if _tiny(op, x):
+        return op.brief
+    if op.rounds and x.element_size() == 2:
         return True
+    build = op.flops_dense(0)
     return 4 * op.flops(tokens) > 3 * op.flops_dense(tokens) + build
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors that an operator is made of, in a fixed order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Operator):
-        value = [getattr(value, name) for name in value.__match_args__]
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
+def _cheaper_whole(op: Operator, x: Tensor) -> bool:
+    """Whether making W + op, in place of which W need not run, costs less than op x."""
+    if type(op).apply is Operator.apply or (op.brief and _tiny(op, x)):
+        return True
+    return op.flops(x.shape[0]) > op.flops_dense(0) + _FRESH * math.prod(op.shape)
 
 
-def _shell(value: Any) -> Any:
-    """An operator without its tensors, so that a node that keeps it keeps none of them."""
-    return _mapped(value, lambda _: _HOLE)
-
-
-def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The inverse of `_shell`, given the tensors in the order of `_tensors`."""
-    return _mapped(value, lambda _: next(tensors))
-
-
-_HOLE = object()
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Tensor) or value is _HOLE:
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple(_mapped(item, change) for item in value)
-    if not isinstance(value, Operator):
-        return value
-    return made_of(type(value), {name: _mapped(getattr(value, name), change) for name in value.__match_args__})
+def _tiny(op: Operator, x: Tensor) -> bool:
+    return math.prod(op.shape) <= _SMALL and x.shape[0] * sum(op.shape) <= _SMALL
 
 
 @dataclass(frozen=True)
@@ -494,7 +495,7 @@ class Form:
             return _linear(self.op.on(x), weight, bias)
         bias = self.moved(bias, x.dtype)
         if kind is Shift:
-            return _linear(x, weight, bias)
+            return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).mT)  # type: ignore[union-attr]
         if self.thin:
             return _low_rank(
                 x, weight, bias, self.op, self.dropout, None if self.update is add else self.update.gain(base)
@@ -518,7 +519,7 @@ def form(updates: list[Update]) -> Form | None:
     op: Any = None if kind is Shift else add.op
     dropout: Any = add.dropout if kind in (Add, Before) else None
     thin = type(op) is LowRank and kind is Add and op.groups == 1 and not isinstance(op.scale, Tensor)
-    parts = [op.down, op.up] if thin else [add.vector] if kind is Shift else _tensors(op)
+    parts = [op.down, op.up] if thin else [add.vector] if kind is Shift else tensors_of(op)
     if not (dropout is None or type(dropout) is nn.Dropout) or not _plain(*parts) or (update is not add and not thin):
         return None
     return Form(update, add, op, dropout, thin, parts)
@@ -562,13 +563,15 @@ def _operator(
     """Any other update by an operator, on x (n, in)."""
     small = _small(x, weight)
     if not small and (dropout or (torch.is_grad_enabled() and (_denser(op, x) or not _lean(op, x, weight)))):
+        if dropout is None and _only_middle(op, x):
+            return _through(x, weight, bias, op)
         draw = Dropout.draw(dropout.p if dropout else 0.0)
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = x if dropout is None else dropout(x)
     # Several, where methods compute under autocast, or with W.
     dtypes = {part.dtype for part in parts if part.is_floating_point()}
     wide = x.dtype
-    if dtypes and small and (len(dtypes) == 1 or weight.numel() <= _SMALL):
+    if dtypes and small and not op.rounds and (len(dtypes) == 1 or weight.numel() <= _SMALL):
         wide = reduce(torch.promote_types, dtypes)
     op = op.to(wide)
     if wide == x.dtype:
@@ -577,6 +580,21 @@ def _operator(
     if before:
         return _linear(changed.to(x.dtype), weight, bias)
     return _linear(x, weight, bias).add_(changed)
+
+
+def _only_middle(op: Operator, x: Tensor) -> TypeGuard[Bilinear]:
+    """Whether only the middle of a product learns and is no wider than x, and a step with the dense form costs more."""
+    if type(op) is not Bilinear or isinstance(op.scale, Tensor) or op.down.requires_grad or op.up.requires_grad:
+        return False
+    dense = 3 * op.flops_dense(x.shape[0]) + op.flops_dense(0)
+    return op.down.shape[0] <= op.down.shape[1] and 2 * op.flops(x.shape[0]) <= dense
+
+
+def _through(x: Tensor, weight: Tensor, bias: Tensor | None, op: Bilinear) -> Tensor:
+    """x Wᵀ + b + op x where `_only_middle` learns: keeps what the middle sees, in place of x."""
+    hidden, middle = FrozenLinear.apply(x, op.down, None), as_operator(op.middle)
+    changed = OperatorLinear.apply(middle, True, None, hidden, op.up, None, *tensors_of(middle))
+    return FrozenLinear.apply(x, weight, bias).add_(changed, alpha=op.scale)
 
 
 def _lean(op: Operator, x: Tensor, weight: Tensor) -> bool:
@@ -590,10 +608,11 @@ def _run(
     """x Wᵀ + b + op seen, or W op seen + b; all of one dtype, `dropped` if x and `seen` are not the same."""
     if before:
         return _linear(_act(op, seen), weight, bias)
-    if not _denser(op, x):
+    whole = _summed(op, x, dropped)
+    if not (_cheaper_whole(op, x) if whole and not torch.is_grad_enabled() else _denser(op, x)):
         return _linear(x, weight, bias).add_(op.apply(seen))
-    if _summed(op, x, dropped):
-        return _linear(x, op.onto(weight), bias)
+    if whole:
+        return _linear(x, op.onto(weight.to(x.dtype)), bias)
     return _linear(x, weight, bias).addmm_(seen, op.dense().mT)
 
 

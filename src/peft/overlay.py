@@ -19,21 +19,19 @@ from peft.autograd import (
     _act,
     _again,
     _denser,
-    _filled,
     _keep,
     _keep_,
     _kept_in,
     _narrow,
     _plain,
     _pull,
-    _shell,
     _thin_enough,
     _thin_grads,
     _where,
     no_autocast,
 )
 from peft.operators import LowRank, Operator
-from peft.operators.base import SMALL
+from peft.operators.base import SMALL, filled, shell
 from peft.updates import Add, Base, Before
 
 
@@ -198,7 +196,7 @@ class OperatorOver(torch.autograd.Function):
         *parts: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, *parts)
-        ctx.op, ctx.dropout = _shell(op), dropout
+        ctx.op, ctx.dropout = shell(op), dropout
         flat = x.reshape(-1, x.shape[-1])
         made = _act(op.to(x.dtype), _keep(flat, dropout.mask(flat)) * dropout.gain if dropout else flat)
         made = made.view(*x.shape[:-1], made.shape[-1])
@@ -217,13 +215,13 @@ class OperatorOver(torch.autograd.Function):
         into = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
         grad_y = grad if needs[2] else None
         if torch.is_grad_enabled():
-            made = _act(_filled(ctx.op, iter(parts)).to(x.dtype), _where(flat, mask) * (dropout.gain if dropout else 1))
+            made = _act(filled(ctx.op, iter(parts)).to(x.dtype), _where(flat, mask) * (dropout.gain if dropout else 1))
             grad_x, *found = _again(made, (x, *parts), (needs[3], *need_parts), into)
             return None, None, grad_y, grad_x, None, *found
         held = [t.detach().requires_grad_() if need else t for t, need in zip(parts, need_parts, strict=True)]
         wanted = [t for t, need in zip(held, need_parts, strict=True) if need]
         with torch.enable_grad():
-            acting = _filled(ctx.op, iter(held)).to(x.dtype)
+            acting = filled(ctx.op, iter(held)).to(x.dtype)
         seen = _keep(flat, mask) * dropout.gain if dropout else flat  # type: ignore[arg-type]
         back, found = _pull(acting, seen, into, wanted, needs[3])
         if back is not None:

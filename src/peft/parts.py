@@ -146,6 +146,8 @@ class Parts:
 
 def _read(home: Any, adapter: str, value: Any, tensor: Any) -> tuple[Read, ...]:
     """What was read for the tensor of a slot: the tensor itself, or the `weight` of a module, or that as a matrix."""
+    if isinstance(value, nn.ParameterDict):
+        return (home, adapter, value), *((value._parameters, key, held) for key, held in value._parameters.items())
     if value is tensor:
         return ((home, adapter, value),) if isinstance(value, Tensor) else (UNSEEN,)
     weight = value._parameters.get("weight")

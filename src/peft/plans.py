@@ -8,16 +8,17 @@ of training) change the tensors of the plan as well. Whatever a method computes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from peft import autograd
 from peft.hosts import Host
 from peft.operators import Operator
 from peft.parts import Read
-from peft.updates import Add, After, Before, Magnitude, Shift, Update
+from peft.updates import Update
 
 if TYPE_CHECKING:
     from peft.layer import AdaptedLayer
@@ -74,19 +75,21 @@ def plan_of(layer: AdaptedLayer, names: tuple[str, ...], host: Host) -> Plan:
 def _only_read(made: Plan, layer: AdaptedLayer, recorded: bool) -> bool:
     """Whether a plan holds nothing that was computed, so that it stands as long as what was read does."""
     read = {id(value) for _, _, value in made.reads}
-    kinds = Add, After, Before, Magnitude, Shift
-    return made.stands(layer.__dict__) and all(type(u) in kinds and _read(u, read, recorded) for u in made.updates)
+    return made.stands(layer.__dict__) and all(_read(u, read, recorded) for u in made.updates)
 
 
 def _read(value: Any, read: set[int], recorded: bool, default: Any = ...) -> bool:
     """Whether a value was read or is a view of what was, or follows from shapes alone.
 
-    With gradients views don't do: each has a part in the graph of the step it was made in.
+    With gradients views of parameters don't do: each has a part in the graph of the step it was made in.
     """
     if isinstance(value, (Operator, Update)):
-        return all(_read(getattr(value, f.name), read, recorded, f.default) for f in fields(value))  # type: ignore[arg-type]
+        known = {f.name: f.default for f in fields(value)} if is_dataclass(value) else {}
+        if not vars(value).keys() <= known.keys():  # it remembers something else
+            return False
+        return bool(known) and all(_read(getattr(value, name), read, recorded, known[name]) for name in known)
     if isinstance(value, (list, tuple)):
         return all(_read(item, read, recorded) for item in value)
-    if isinstance(value, torch.Tensor) and not recorded and value._base is not None and id(value._base) in read:
-        return True
+    if isinstance(value, torch.Tensor) and value._base is not None and id(value._base) in read:
+        return not recorded or not isinstance(value._base, nn.Parameter)
     return id(value) in read or value is default or type(value) in (bool, int)

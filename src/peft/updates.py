@@ -140,7 +140,8 @@ class Add(Update):
         return base.lift(self.op, x if self.dropout is None else self.dropout(x))
 
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
-        y = prev(x) + self.delta(x, base)
+        y = prev(x)
+        y = y + self.delta(x, base).to(y.dtype)  # under autocast not all operators run in the dtype of the layer
         return y if self.shift is None else base.shift(y, self.shift)
 
     def transposed(self, base: Base) -> Update:
@@ -158,16 +159,21 @@ class Add(Update):
 
 @dataclass(frozen=True, eq=False)
 class Shift(Update):
-    """b + vector."""
+    """b + vector, of shape (out,) or (1, out)."""
 
     vector: Tensor
     relative = True
 
+    @property
+    def shift(self) -> Tensor:
+        """What is added (out,)."""
+        return self.vector.flatten()
+
     def forward(self, x: Tensor, prev: Run, bias: Tensor | None, base: Base) -> Tensor:
-        return base.shift(prev(x), self.vector)
+        return base.shift(prev(x), self.shift)
 
     def add_bias(self, bias: Tensor | None, base: Base) -> Tensor | None:
-        return _sum(bias, self.vector)
+        return _sum(bias, self.shift)
 
 
 @dataclass(frozen=True, eq=False)

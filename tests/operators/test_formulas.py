@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peft import operators as ops
 from peft.errors import ShapeError
-from peft.operators import Operator, act
+from peft.operators import Operator, act, sparse
 
 
 def randn(*shape: int) -> Tensor:
@@ -208,7 +208,6 @@ def test_cheap_forms_are_known_to_be_cheap() -> None:
         ops.Neumann(torch.empty(32, 496), 32, 32),
         ops.Fold(torch.empty(32, wide), *size),
         ops.Fourier(places, torch.empty(500), *size),
-        ops.Wavelet(places, torch.empty(500), torch.empty(2, 4), *size),
     ]
     for op in cheap:
         assert op.flops(tokens) < 0.7 * op.flops_dense(tokens), type(op).__name__
@@ -260,3 +259,15 @@ def test_what_does_not_fit_says_which_sizes(make: object, message: str) -> None:
 @pytest.mark.parametrize("module", [info.name for info in pkgutil.iter_modules(ops.__path__)])
 def test_examples_in_docstrings_run(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"peft.operators.{module}")).failed == 0
+
+
+def test_what_is_made_of_places_follows_them_and_goes_with_them() -> None:
+    index, x = torch.tensor([[0, 1, 2], [3, 0, 1]]), torch.randn(1 << 15, 4)  # so many tokens that rows are compressed
+    op = ops.LoneSparse(index, torch.randn(3), 3, 4)
+    for _ in range(2):
+        torch.testing.assert_close(op.apply(x), x @ op.dense().mT)
+        index[1] = torch.tensor([2, 3, 0])
+    key = id(index)
+    assert key in sparse._KEPT
+    del op, index
+    assert key not in sparse._KEPT

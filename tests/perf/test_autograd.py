@@ -34,6 +34,7 @@ CONFIGS: dict[str, Any] = {
     "RoAd": lambda: peft.RoadConfig(group_size=4, target_modules=["lin"]),
     "BEFT": lambda: peft.BeftConfig(target_modules=["lin"]),
     "MiSS": lambda: peft.MissConfig(r=2, target_modules=["lin"]),
+    "FRoD": lambda: peft.FrodConfig(sparse_rate=0.1, target_modules=["lin"]),
 }
 
 
@@ -171,7 +172,7 @@ def test_shapes(inner, out, rank, batch, bias):
         assert_equal(step(model, x), step(model, x, plain=True), 1e-11)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "LoHa", "OFT"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "LoHa", "OFT", "SHiRA"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(name, dtype):
     model = adapted(CONFIGS[name](), torch.float32)
@@ -183,7 +184,7 @@ def test_autocast(name, dtype):
     assert_equal(found, wanted, 4e-2)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "C3A"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "C3A", "FRoD"])
 def test_can_be_differentiated_twice(name):
     model = adapted(CONFIGS[name]())
     results = []
@@ -270,7 +271,7 @@ def kept(run: Any, model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("DoRA", "LoRA with bias", "RoAd")])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("DoRA", "LoRA with bias", "RoAd", "FRoD")])
 def test_keeps_the_input_and_nothing_else(name, dropout):
     config = CONFIGS[name]()
     if dropout:
@@ -283,6 +284,13 @@ def test_keeps_the_input_and_nothing_else(name, dropout):
     # weights
     adapter = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     assert kept(lambda: model(x), model) <= x.untyped_storage().nbytes() + adapter
+
+
+def test_keeps_what_the_middle_of_a_product_sees_in_place_of_the_input():
+    model = adapted(CONFIGS["FRoD"](), torch.bfloat16, inner=64, out=64)
+    x = torch.randn(4096, 64, dtype=torch.bfloat16, requires_grad=True)
+    entries = (16 + 4) * sum(p.numel() for p in model.parameters() if p.requires_grad)  # places and values
+    assert kept(lambda: model(x), model) <= x.untyped_storage().nbytes() + entries
 
 
 def test_projections_of_one_input_share_what_they_keep():

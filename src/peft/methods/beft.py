@@ -49,4 +49,4 @@ class Beft(WeightMethod, peft_type="BEFT", config=BeftConfig):
         nn.init.zeros_(p.beft_bias) if p.config.init_weights else nn.init.normal_(p.beft_bias)
 
     def update(self, p: Parts, host: Host) -> Update:
-        return Shift(p.beft_bias.flatten())
+        return Shift(p.beft_bias)

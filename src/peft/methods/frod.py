@@ -13,7 +13,7 @@ from peft.config import TargetedConfig
 from peft.errors import ConfigError, TargetError
 from peft.hosts import Host
 from peft.method import Site, WeightMethod
-from peft.operators import Bilinear, Diagonal, LoneSparse, Operator, Sum
+from peft.operators import Bilinear, LoneSparse, kept
 from peft.parts import Parts
 from peft.slots import BufferDict, Slot
 from peft.updates import Add, Update
@@ -95,6 +95,11 @@ def places(size: int, rate: float, generator: torch.Generator) -> Tensor:
     return torch.stack((row, column + (column >= row)))
 
 
+def with_diagonal(others: Tensor, size: int) -> Tensor:
+    """The places (2, size + k) of the diagonal and of `others` (2, k)."""
+    return torch.cat((torch.arange(size, device=others.device).expand(2, size), others), dim=1)
+
+
 class Frod(WeightMethod, peft_type="FROD", config=FrodConfig):
     slots = (
         Slot("frod_lambda_l", "in"),
@@ -154,9 +159,10 @@ class Frod(WeightMethod, peft_type="FROD", config=FrodConfig):
             nn.init.zeros_(values) if p.config.init_weights else nn.init.normal_(values, std=0.1)
 
     def update(self, p: Parts, host: Host) -> Update:
-        basis, size = p.frod_V[p.frod_kind], host.in_features
-        middle: Operator = Diagonal(p.frod_lambda_l - p.frod_start)
+        basis, size, others = p.frod_V[p.frod_kind], host.in_features, p.frod_s_indices[p.frod_kind]
+        values = p.frod_lambda_l - p.frod_start
         if p.has("frod_lambda_s_values"):  # a (1, 1) matrix has no place off its diagonal
-            sparse = LoneSparse(p.frod_s_indices[p.frod_kind], p.frod_lambda_s_values, size, size)
-            middle = Sum((middle, sparse))
+            values = torch.cat((values, p.frod_lambda_s_values))
+        index = kept("with diagonal", (size, size), lambda: with_diagonal(others, size), others)
+        middle = LoneSparse(index, values, size, size)
         return Add(Bilinear(basis.mT, middle, p.frod_U), None, p.dropout)

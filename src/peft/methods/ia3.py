@@ -97,11 +97,12 @@ class IA3(WeightMethod, peft_type="IA3", config=IA3Config):
         nn.init.ones_(p.ia3_l) if p.config.init_ia3_weights else nn.init.normal_(p.ia3_l)
 
     def update(self, p: Parts, host: Host) -> Update:
-        factors: Tensor = p.ia3_l.flatten()
+        factors: Tensor = p.ia3_l
         if not p.is_feedforward:
             return After(Diagonal(factors))
-        taps = math.prod(host.kernel)
-        columns = factors if taps == 1 else factors.repeat_interleave(taps)
+        if math.prod(host.kernel) == 1 and host.groups == 1:
+            return Before(Diagonal(factors))
+        columns = factors.flatten().repeat_interleave(math.prod(host.kernel))
         if host.groups == 1:
             return Before(Diagonal(columns))
         # Each group of outputs sees channels of its own, so no one matrix stands before W.

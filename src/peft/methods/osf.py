@@ -135,6 +135,7 @@ class Retrained(Operator):
     d: Tensor
     v: Tensor
     dtype: torch.dtype | None = None
+    brief = True
 
     @property
     def shape(self) -> tuple[int, int]:

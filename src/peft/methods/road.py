@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from peft.config import TargetedConfig
@@ -96,4 +95,4 @@ class Road(WeightMethod, peft_type="ROAD", config=RoadConfig):
 
 def _both_halves(values: Tensor, half: int) -> Tensor:
     """One value per pair -> one per output: both halves of each group get the same."""
-    return torch.stack([values.view(-1, half)] * 2, dim=1).flatten()
+    return values.view(-1, 1, half).expand(-1, 2, -1).flatten()

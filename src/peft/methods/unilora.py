@@ -95,8 +95,8 @@ class UniLora(WeightMethod, peft_type="UNILORA", config=UniLoraConfig):
 
     def update(self, p: Parts, host: Host) -> Update:
         theta = p.unilora_theta_d
-        down = theta[p.unilora_indices_A] * p.unilora_scales_A
-        return Add(LowRank(down, theta[p.unilora_indices_B] * p.unilora_scales_B), dropout=p.dropout)
+        down = theta.take(p.unilora_indices_A) * p.unilora_scales_A
+        return Add(LowRank(down, theta.take(p.unilora_indices_B) * p.unilora_scales_B), dropout=p.dropout)
 
 
 def draw(config: UniLoraConfig, targets: Mapping[str, Host]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -7,7 +7,7 @@ from peft.operators.kronecker import HadamardLowRank, Kronecker, Modulated
 from peft.operators.lowrank import Bilinear, DiagonalLowRank, LowRank
 from peft.operators.plain import Dense, Diagonal, Identity, Zero
 from peft.operators.rotations import Butterfly, Cayley, Givens, Householder, Neumann, cayley, neumann, skew
-from peft.operators.sparse import Fourier, LoneSparse, Sparse, Wavelet, WaveletSynthesis
+from peft.operators.sparse import Fourier, LoneSparse, Sparse, Wavelet, WaveletSynthesis, kept
 
 __all__ = [
     "Bilinear",
@@ -41,6 +41,7 @@ __all__ = [
     "Zero",
     "act",
     "cayley",
+    "kept",
     "neumann",
     "scaled",
     "skew",

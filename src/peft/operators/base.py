@@ -10,6 +10,7 @@ The contract comes in three grades:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -128,9 +129,10 @@ class Operator:
 
     def to(self: Op, dtype: torch.dtype) -> Op:
         """The operator with its floating point tensors in `dtype`; itself when they already are."""
-        if not _differs(self, dtype):
+        values: dict[str, Any] = {name: _cast(getattr(self, name), dtype) for name in self.__match_args__}
+        if all(value is getattr(self, name) for name, value in values.items()):
             return self
-        return made_of(type(self), {name: _cast(getattr(self, name), dtype) for name in self.__match_args__})
+        return made_of(type(self), values)
 
     def like(self) -> Tensor:
         """A tensor with the dtype and device of the matrix."""
@@ -159,23 +161,47 @@ def made_of(cls: type[Op], values: dict[str, Any]) -> Op:
     return made
 
 
-def _differs(value: Any, dtype: torch.dtype) -> bool:
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors that an operator is made of, in a fixed order."""
     if isinstance(value, Tensor):
-        return value.dtype != dtype and value.is_floating_point()
+        return [value]
     if isinstance(value, Operator):
         value = [getattr(value, name) for name in value.__match_args__]
-    if isinstance(value, (tuple, list)):
-        return any(_differs(item, dtype) for item in value)
-    return isinstance(value, torch.dtype) and value != dtype
+    return [t for item in value for t in tensors_of(item)] if isinstance(value, (list, tuple)) else []
+
+
+def shell(value: Any) -> Any:
+    """An operator without its tensors, so that a node that keeps it keeps none of them."""
+    return _mapped(value, lambda _: _HOLE)
+
+
+def filled(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The inverse of `shell`, given the tensors in the order of `tensors_of`."""
+    return _mapped(value, lambda _: next(tensors))
+
+
+_HOLE = object()
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Tensor) or value is _HOLE:
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, change) for item in value)
+    if not isinstance(value, Operator):
+        return value
+    return made_of(type(value), {name: _mapped(getattr(value, name), change) for name in value.__match_args__})
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A field in `dtype`; itself when it already is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype != dtype and value.is_floating_point() else value
     if isinstance(value, Operator):
         return value.to(dtype)
     if isinstance(value, tuple):
-        return tuple(_cast(item, dtype) for item in value)
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        items = tuple([_cast(item, dtype) for item in value])
+        return value if all(one is two for one, two in zip(items, value, strict=True)) else items
     return dtype if isinstance(value, torch.dtype) else value
 
 

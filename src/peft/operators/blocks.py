@@ -207,6 +207,7 @@ class BlockCirculant(Operator):
 
     kernel: Tensor
     by_adjoint = True
+    brief = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -295,7 +296,9 @@ class Fold(Operator):
         tiles = -(-self.inner // rank)
         if tiles * rank != self.inner:
             x = F.pad(x, (0, tiles * rank - self.inner))
-        return self._tile(x.unflatten(-1, (tiles, rank)).sum(-2) @ self.block)
+        if tiles > 1:
+            x = x.unflatten(-1, (tiles, rank)).sum(-2)
+        return self._tile(x @ self.block)
 
     def keeps(self, x: Tensor) -> bool:
         return True

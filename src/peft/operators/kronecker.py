@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.operators.base import Operator, Scale, act, cheapest, expect, gemm, picked, scaled, sources
+from peft.operators.base import Operator, Scale, act, cheapest, chunk, eager, expect, gemm, picked, scaled, sources
 from peft.operators.plain import as_operator
 
 
@@ -116,8 +116,14 @@ class HadamardLowRank(Operator):
         return first * second if torch.is_grad_enabled() else first.mul_(second)
 
     def onto(self, weight: Tensor) -> Tensor:
-        first, second = self.up1 @ scaled(self.down1, self.scale), self.up2 @ self.down2
-        return torch.addcmul(weight, first, second, out=None if torch.is_grad_enabled() else first)
+        down = scaled(self.down1, self.scale)
+        if torch.is_grad_enabled() or not eager():
+            return torch.addcmul(weight, self.up1 @ down, self.up2 @ self.down2)
+        # In chunks of rows that stay in the cache, into the one new matrix: fresh memory costs more than the products.
+        y, rows = torch.empty_like(weight, memory_format=torch.contiguous_format), chunk(weight, weight.shape[1])
+        for into, w, up1, up2 in zip(*(t.split(rows) for t in (y, weight, self.up1, self.up2)), strict=True):
+            torch.addcmul(w, torch.mm(up1, down, out=into), up2 @ self.down2, out=into)
+        return y
 
     def columns(self, index: Tensor) -> Tensor:
         first = F.linear(picked(self.down1, index), self.up1)

@@ -33,43 +33,49 @@ class Dense(Operator):
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Operator):
-    """A square matrix with `d` (n,) on its diagonal and zeros elsewhere."""
+    """A square matrix with the n numbers of `d`, of any shape, on its diagonal and zeros elsewhere."""
 
     d: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.d.shape[0], self.d.shape[0]
+        return self.d.numel(), self.d.numel()
+
+    @property
+    def _flat(self) -> Tensor:
+        return self.d if self.d.dim() == 1 else self.d.flatten()
 
     @property
     def reach(self) -> int:
         return 1
 
     def apply(self, x: Tensor) -> Tensor:
-        return x * self.d
+        return x * self._flat
 
     def on(self, x: Tensor) -> Tensor:
-        return x * (self.d if self.d.dtype == x.dtype else self.d.to(x.dtype))
+        factors = self._flat
+        return x * (factors if factors.dtype == x.dtype else factors.to(x.dtype))
 
     def dense(self) -> Tensor:
-        return torch.diag(self.d)
+        return torch.diag(self._flat)
 
     def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        return grad * self.d.detach() if need_x else None, self.d, (grad * x).sum(0)
+        back = grad * self._flat.detach() if need_x else None
+        return back, self.d, (grad * x).sum(0).view(self.d.shape)
 
     def pull_dense(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return self.d, grad.diagonal()
+        return self.d, grad.diagonal().reshape(self.d.shape)
 
     @property
     def T(self) -> Diagonal:
         return self
 
     def columns(self, index: Tensor) -> Tensor:
-        empty = self.d.new_zeros(*index.shape, self.d.shape[0])
-        return empty.scatter(-1, index[..., None], self.d[index][..., None])
+        empty = self.d.new_zeros(*index.shape, self.d.numel())
+        return empty.scatter(-1, index[..., None], self._flat[index][..., None])
 
     def flops(self, tokens: int) -> float:
-        return float(tokens * self.d.shape[0])
+        return float(tokens * self.d.numel())
 
 
 @dataclass(frozen=True, eq=False)

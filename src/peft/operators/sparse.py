@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ GATHERED = 512.0
 
 Between the 170 measured on a CPU and the 2000 that memory bandwidth allows an accelerator.
 """
+
+_MOVED = 700.0
+"""What an element costs that narrow convolutions read and write (measured on a CPU)."""
 
 _FEW, _LITTLE = 16, 1 << 16
 """Tokens, and elements to gather for them, up to which that costs a CPU less than sorting places and multiplying by
@@ -34,7 +38,7 @@ def _compresses() -> bool:
         try:
             place = torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1)
             matrix = torch.sparse_csr_tensor(*place)
-            torch.sparse.sampled_addmm(matrix, matrix @ torch.ones(1, 1), torch.ones(1, 1))
+            torch.sparse.sampled_addmm(matrix, _product(matrix, torch.ones(1, 1)), torch.ones(1, 1))
         except RuntimeError:
             return False
     return True
@@ -48,13 +52,22 @@ def rows_and_columns(index: Tensor, inner: int) -> tuple[Tensor, Tensor]:
 
 Kept = TypeVar("Kept")
 
+_KEPT: dict[int, tuple[ref[Tensor], dict[Any, Any]]] = {}
 
-def _kept(op: Operator, name: str, make: Callable[[], Kept], *tensors: Tensor) -> Kept:
-    """What `make` makes of constant tensors, as long as these stay what they are."""
-    now = [None if t.is_inference() else (t._version, t.data_ptr()) for t in tensors]
-    found = op.__dict__.get(name)
-    if found is None or found[0] != now or None in now:
-        found = op.__dict__[name] = (now, make())
+
+def kept(name: str, sizes: tuple[int, int], make: Callable[[], Kept], places: Tensor, *more: Tensor) -> Kept:
+    """What `make` makes of constant tensors, kept as long as `places` lives and all of them stay what they are."""
+    tensors = (places, *more)
+    if not eager() or any(type(t) is not Tensor or t.is_inference() for t in tensors):
+        return make()
+    key = id(places)
+    held = _KEPT.get(key)
+    if held is None or held[0]() is not places:
+        held = _KEPT[key] = ref(places, lambda _: _KEPT.pop(key, None)), {}
+    now = [(t._version, t.data_ptr()) for t in tensors]
+    found = held[1].get((name, sizes))
+    if found is None or found[0] != now:
+        found = held[1][name, sizes] = now, make()
     return found[1]
 
 
@@ -80,6 +93,9 @@ class Sparse(Operator):
     def shape(self) -> tuple[int, int]:
         return self.out, self.inner
 
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        return rows_and_columns(self.index, self.inner)
+
     def _places(self) -> Tensor:
         """Places counted row by row (k,), int64 or int32."""
         index = self.index
@@ -91,8 +107,9 @@ class Sparse(Operator):
     def apply(self, x: Tensor) -> Tensor:
         if self._sorts(x) and unrecorded(x, self.values):
             matrix, _ = self._compressed(self.values)
-            return (matrix @ widened(x).reshape(-1, self.inner).mT).mT.to(x.dtype).reshape(*x.shape[:-1], self.out)
-        rows, cols = rows_and_columns(self.index, self.inner)
+            y = _product(matrix, _by_feature(x.reshape(-1, self.inner)))
+            return y.mT.to(x.dtype).reshape(*x.shape[:-1], self.out)
+        rows, cols = kept("places", self.shape, self._pairs, self.index)
         y = x.new_zeros(*x.shape[:-1], self.out)
         return y.index_add(-1, rows, x.index_select(-1, cols) * self.values)
 
@@ -103,25 +120,32 @@ class Sparse(Operator):
     def _gathers(self, tokens: int) -> bool:
         return tokens <= _FEW or tokens * self.values.shape[0] <= _LITTLE
 
-    def _compressed(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """A matrix of compressed rows that holds `values` (k,), and the order in which it does."""
+    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The order (k,) of places row by row; where rows start in it (out + 1,), and columns in it (k,)."""
         places, size = self._places(), self.out * self.inner
         if size < 2**31:  # which sorts in half the time
             places = places.int()
         places, order = places.sort()
         starts = torch.arange(0, size + 1, self.inner, dtype=places.dtype)
         rows = torch.searchsorted(places, starts, out_int32=places.dtype == torch.int32)
+        return order, rows, places % self.inner
+
+    def _compressed(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A matrix of compressed rows that holds `values` (k,), and the order in which it does."""
+        order, rows, cols = kept("sorted", self.shape, self._sorted, self.index)
         held = widened(values.detach()).index_select(0, order)
-        return torch.sparse_csr_tensor(rows, places % self.inner, held, self.shape, check_invariants=False), order
+        return torch.sparse_csr_tensor(rows, cols, held, self.shape, check_invariants=False), order
 
     def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
         if not self._sorts(x):
             return None
         with torch.no_grad():
             matrix, order = self._compressed(self.values)
-            found = torch.sparse.sampled_addmm(matrix, widened(grad).mT, widened(x), beta=0.0).values()
+            out, seen, turned = _by_feature(grad), _by_feature(x), self.T
+            found = torch.sparse.sampled_addmm(matrix, out, seen.mT, beta=0.0).values()
             pulled = torch.empty_like(found).index_copy_(0, order, found)
-            return self.T.apply(grad) if need_x else None, self.values, pulled.to(self.values.dtype)
+            back = _product(turned._compressed(self.values)[0], out).mT.to(x.dtype) if need_x else None
+            return back, self.values, pulled.to(self.values.dtype)
 
     def dense(self) -> Tensor:
         zeros = self.values.new_zeros(self.out * self.inner)
@@ -145,16 +169,34 @@ class Sparse(Operator):
         found = found.index_add(0, slot[cols] * self.out + rows, self.values).view(wanted + 1, self.out)
         return found[slot[flat]].reshape(*index.shape, self.out)
 
+    def _turned(self) -> Tensor:
+        return torch.stack(self._pairs()[::-1])
+
     @property
     def T(self) -> Sparse:
-        rows, cols = rows_and_columns(self.index, self.inner)
-        return Sparse(torch.stack((cols, rows)), self.values, self.inner, self.out)
+        index = kept("turned", self.shape, self._turned, self.index)
+        return type(self)(index, self.values, self.inner, self.out)
 
     def flops(self, tokens: int) -> float:
-        return GATHERED * tokens * self.values.shape[0]
+        count = self.values.shape[0]
+        if self.values.device.type != "cpu" or not eager() or not _compresses():
+            return GATHERED * tokens * count
+        # Measured: of a gather; of a product by compressed rows, and of copies by feature for it.
+        return tokens * (100.0 * count if self._gathers(tokens) else 28.0 * count + 424.0 * sum(self.shape))
 
     def flops_dense(self, tokens: int) -> float:
         return GATHERED * self.values.shape[0] + self.out * self.inner + gemm(tokens, self.out, self.inner)
+
+
+def _by_feature(x: Tensor) -> Tensor:
+    """x (n, k) -> (k, n), wide and in this order in memory: so a product by compressed rows copies nothing more."""
+    return x.mT.to(widened(x[:0]).dtype, memory_format=torch.contiguous_format)
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    """A matrix of compressed rows (m, k) times x (k, n)."""
+    y = x.new_empty(matrix.shape[0], x.shape[1])
+    return torch.addmm(y, matrix, x, beta=0, out=y)  # `@` would fill the result with zeros, and copy it
 
 
 class LoneSparse(Sparse):
@@ -165,8 +207,8 @@ class LoneSparse(Sparse):
     def flops(self, tokens: int) -> float:
         if self.values.device.type != "cpu":
             return super().flops(tokens)
-        # Measured: gathering costs as 100 operations, sorting once as 2000, and a product by compressed rows as 16.
-        return (100.0 * tokens if self._gathers(tokens) else 2000.0 + 16.0 * tokens) * self.values.shape[0]
+        # Measured, beside a matrix that is built and multiplied on its own.
+        return (100.0 if self._gathers(tokens) else 16.0) * tokens * self.values.shape[0]
 
 
 def _spectrum(x: Tensor) -> Tensor:
@@ -237,7 +279,7 @@ class Fourier(Operator):
 
     @property
     def _folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _kept(self, "_halves", self._fold, self.index)
+        return kept("halves", self.shape, self._fold, self.index)
 
     def _fold(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Places (k,) of rows and of columns in half spectra; weights (k,) that irfft makes of 1; signs (k,) of
@@ -285,7 +327,7 @@ class Fourier(Operator):
             rows, cols = rows_and_columns(self.index, self.inner)
             return rows * self.inner + cols
 
-        return _kept(self, "_flat", make, self.index)
+        return kept("flat", self.shape, make, self.index)
 
     def dense(self) -> Tensor:
         places, values = self._places if eager() else self.index, scaled(widened(self.values), self.scale)
@@ -415,7 +457,7 @@ class Wavelet(Operator):
 
     @property
     def _reached(self) -> tuple[Tensor, Tensor]:
-        return _kept(self, "_spread", self._reach, self.index, self.filters)
+        return kept("spread", self.shape, self._reach, self.index, self.filters)
 
     def _reach(self) -> tuple[Tensor, Tensor]:
         """The entries (k L²,) that coefficients reach, counted row by row, and what ones make there (k, L²)."""
@@ -454,7 +496,8 @@ class Wavelet(Operator):
         return self.values, scaled(found, self.scale)
 
     def flops(self, tokens: int) -> float:
-        return tokens * (GATHERED * self.values.shape[0] + self._flops_bands(1, 1))
+        moved = _MOVED * sum(self.shape)
+        return tokens * (GATHERED * self.values.shape[0] + moved + self._flops_bands(1, 1))
 
     def flops_dense(self, tokens: int) -> float:
         if self._few:
