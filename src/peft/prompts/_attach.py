@@ -87,14 +87,12 @@ class Site:
     Attributes:
         path: Of the stack in the base model.
         accepts: Parameters of its forward, in order.
-        tables: Paths of its tables of absolute positions.
     """
 
     def __init__(self, base_model: nn.Module) -> None:
         stack: Any = _geometry.cached_stack(base_model)
         self.path = next(name for name, module in base_model.named_modules() if module is stack)
         self.accepts = tuple(_geometry.parameters(stack))
-        self.tables = [name for name, _ in _geometry.named_position_embeddings(stack)]
         self.handles = [
             stack.register_forward_pre_hook(self.before, with_kwargs=True),
             stack.register_forward_hook(self.after, with_kwargs=True),
@@ -179,9 +177,7 @@ def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple
     mask = kwargs.get("attention_mask")
     # The length of a cache that is compiled with is a tensor, and not worth breaking the graph for.
     past = 0 if real is None or getattr(real, "is_compileable", False) else real.get_seq_length()
-    tables = [stack.get_submodule(path) for path in opened.site.tables]
-    if tables:
-        _geometry.check_length(stack, rows.length, past + queries, kwargs.get("position_ids"), mask, tables)
+    _geometry.check_length(stack, rows.length, past + queries, kwargs.get("position_ids"), mask)
     if mask is not None or rows.ragged:
         kwargs["attention_mask"] = _masks.widened(mask, rows, view, (batch, queries), device, stack.config)
 

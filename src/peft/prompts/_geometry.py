@@ -93,18 +93,24 @@ def is_encoder_decoder(base_model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model, "config", None), "is_encoder_decoder", False))
 
 
-def named_position_embeddings(module: nn.Module) -> list[tuple[str, Any]]:
-    """The learnt tables of absolute positions inside a module, by path."""
-    return [
-        (name, m)
-        for name, m in module.named_modules()
-        if isinstance(m, nn.Embedding) and ("position" in name or name.endswith("wpe"))
-    ]
+_TABLES = "_peft_position_tables"
+"""Under this name a module keeps the paths of its position embeddings: to look for them takes a walk through it."""
 
 
 def position_embeddings(module: nn.Module) -> list[Any]:
     """The learnt tables of absolute positions inside a module."""
-    return [table for _, table in named_position_embeddings(module)]
+    paths = module.__dict__.get(_TABLES)
+    if paths is not None:
+        tables = [module.get_submodule(path) for path in paths]
+        if all(isinstance(table, nn.Embedding) for table in tables):
+            return tables
+    found = {
+        path: table
+        for path, table in module.named_modules()
+        if isinstance(table, nn.Embedding) and ("position" in path or path.endswith("wpe"))
+    }
+    module.__dict__[_TABLES] = tuple(found)
+    return list(found.values())
 
 
 def counts_positions_along_mask(module: nn.Module) -> bool:
@@ -120,9 +126,7 @@ def first_position(module: nn.Module) -> int:
     return tables[0].padding_idx + 1 if tables else 0
 
 
-def check_length(
-    module: nn.Module, prompt: int, length: int, positions: Tensor | None, mask: Any, tables: list[Any] | None = None
-) -> None:
+def check_length(module: nn.Module, prompt: int, length: int, positions: Tensor | None, mask: Any) -> None:
     """Raise if a prompt and what follows it need more positions than the model's tables hold.
 
     Args:
@@ -131,13 +135,12 @@ def check_length(
         length: Number of tokens after them, padding included.
         positions: Positions of the last of them, if the caller gives them.
         mask: Of padding, (batch, keys); it matters where padding takes no position. Prepared masks are not looked at.
-        tables: The module's position embeddings; None: they are looked for.
 
     Raises:
         ShapeError: the sequence is too long.
     """
     of_padding = isinstance(mask, Tensor) and mask.dim() == 2
-    for table in position_embeddings(module) if tables is None else tables:
+    for table in position_embeddings(module):
         taken = 0 if table.padding_idx is None else table.padding_idx + 1
         room = table.num_embeddings - taken - getattr(table, "offset", 0)
         needed = prompt + length
