@@ -12,8 +12,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 # From the bottom up: a module may import from its own rank and from those above it in this list. The longest prefix of
-# a
-# module's name decides its rank.
+# a module's name decides its rank.
 RANKS = [
     ["peft.errors", "peft.version", "peft.bulk"],
     ["peft.registry", "peft.typecheck", "peft.routing", "peft.patterns", "peft._names"],
@@ -21,8 +20,12 @@ RANKS = [
     ["peft.checkpoint.tensors", "peft.checkpoint.fingerprint", "peft.checkpoint.report", "peft.checkpoint"],
     ["peft.operators"],
     ["peft.updates"],
+    ["peft.autograd.dropout", "peft.autograd.guards", "peft.autograd.costs"],
+    ["peft.autograd.products"],
+    ["peft.autograd.nodes"],
+    ["peft.autograd.forms"],
+    ["peft.autograd.overlay", "peft.autograd.batches"],
     ["peft.autograd"],
-    ["peft.overlay"],
     ["peft.hosts"],
     ["peft.config"],
     ["peft.slots"],

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from peft import autograd, overlay, registry, routing
+from peft import autograd, registry, routing
+from peft.autograd import overlay
 from peft.errors import ConfigError, MethodError, PeftWarning, StateError, TargetError, UnsupportedError
 from peft.holder import AdapterHolder, BaseTunerLayer
 from peft.hosts import Host, host_class, supported

@@ -148,7 +148,7 @@ def batched(layer: AdaptedLayer, rows: tuple[str, ...], x: Tensor) -> Tensor | N
     route = route if route is not None and route.rows == rows else routing.Route(rows=rows)
     if not host.opaque:
         weight, bias = layer._frozen(host)
-        return autograd.mixed(stacked, route, x, partial(autograd._linear, weight=weight, bias=bias))
+        return autograd.mixed(stacked, route, x, partial(autograd.linear, weight=weight, bias=bias))
     y = Call(layer, host, (), {}).run(x)
     return autograd.mixed(stacked, route, x, lambda flat: y.view(*flat.shape[:-1], -1).to(flat.dtype), False).to(
         y.dtype
@@ -161,7 +161,7 @@ def _dtype(layer: AdaptedLayer, host: Host, x: Tensor) -> torch.dtype | None:
     if host.opaque:
         return torch.get_autocast_dtype(x.device.type) if autocast and x.dtype != torch.float64 else x.dtype
     weight = layer._frozen(host)[0]
-    return autograd._dtype(x, weight, autocast) if autograd._plain(weight) else None
+    return autograd.computes_in(x, weight, autocast) if autograd.plain(weight) else None
 
 
 @dataclass(frozen=True)

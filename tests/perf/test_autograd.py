@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import peft
 from peft import LoraConfig, PeftModel, autograd, get_peft_model, plans
+from peft.autograd import costs
+from peft.autograd.dropout import keep, where
 
 CONFIGS: dict[str, Any] = {
     "LoRA": lambda: LoraConfig(r=3, target_modules=["lin"]),
@@ -105,18 +107,18 @@ def fused_calls(monkeypatch):
 @pytest.fixture(autouse=True)
 def large(monkeypatch):
     """The inputs of these tests are small; they are treated as large ones unless a test says otherwise."""
-    monkeypatch.setattr(autograd, "_SMALL", 0)
+    monkeypatch.setattr(costs, "SMALL", 0)
 
 
 @pytest.fixture
 def small(monkeypatch, large):
-    monkeypatch.setattr(autograd, "_SMALL", 1 << 30)
+    monkeypatch.setattr(costs, "SMALL", 1 << 30)
 
 
 @pytest.fixture
 def beside(monkeypatch, large):
     """Inputs count as few beside the weight."""
-    monkeypatch.setattr(autograd, "_BESIDE", 0)
+    monkeypatch.setattr(costs, "_BESIDE", 0)
 
 
 @pytest.mark.parametrize("needs_input_gradient", [True, False])
@@ -156,7 +158,7 @@ def test_inference_equals_the_plain_path(name, dtype, monkeypatch):
     with torch.no_grad():
         found = []
         for limit in (0, 1 << 30):
-            monkeypatch.setattr(autograd, "_SMALL", limit)
+            monkeypatch.setattr(costs, "SMALL", limit)
             found.append(model(x))
         monkeypatch.setattr(autograd.Form, "run", lambda *_: None)
         wanted = model(x)
@@ -210,7 +212,7 @@ def test_dropout_repeats_itself_and_keeps_its_rate(rate, dtype):
     dropout = autograd.Dropout(rate, seed=7)
     mask = dropout.mask(x)
     assert torch.equal(mask, dropout.mask(x))
-    kept = autograd._keep(x, mask)
+    kept = keep(x, mask)
     assert torch.equal(kept, (kept != 0).to(dtype)), "elements are whole or nothing"
     assert kept.double().mean().item() == pytest.approx(1 - rate, abs=0.006)
     assert dropout.gain * (1 - rate) == pytest.approx(1 if rate < 1 else 0, abs=1e-2)
@@ -225,7 +227,7 @@ def test_dropout_equals_the_plain_path_on_the_same_mask(dora, monkeypatch):
     def same(module: nn.Dropout, x: Tensor) -> Tensor:
         dropout = autograd.Dropout.draw(module.p)
         assert dropout is not None
-        return autograd._where(x, dropout.mask(x)) * dropout.gain
+        return where(x, dropout.mask(x)) * dropout.gain
 
     monkeypatch.setattr(nn.Dropout, "forward", same)
     assert_equal(found, step(model, x, plain=True, seed=3), 1e-12)

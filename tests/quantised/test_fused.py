@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft
-from peft import overlay
+from peft.autograd import costs, overlay
 from peft.hosts import host_class
 from peft.hosts.opaque import SelfRunLinearHost
 from peft.testing import Holder, SelfRun, close
@@ -42,7 +42,7 @@ class Own(SelfRun):
 @pytest.fixture(params=["large", "small"])
 def size(request, monkeypatch):
     """Inputs count as large ones, which nodes of our own run, or as small ones."""
-    monkeypatch.setattr(overlay, "SMALL", 0 if request.param == "large" else 1 << 30)
+    monkeypatch.setattr(costs, "SMALL", 0 if request.param == "large" else 1 << 30)
     return request.param
 
 
@@ -89,7 +89,7 @@ def test_equals_the_plain_path(name, kind, needs_input_gradient, size):
 
 @pytest.mark.parametrize("kind", [SelfRun, Own])
 def test_dropout_leaves_the_mean_and_falls_out_alike_in_backward(kind, monkeypatch):
-    monkeypatch.setattr(overlay, "SMALL", 0)
+    monkeypatch.setattr(costs, "SMALL", 0)
     layer = kind(12, 8)
     model = adapted(CONFIGS["LoRA, dropout"](), layer)
     x = torch.randn(40, 12, dtype=torch.float64, requires_grad=True)
@@ -109,7 +109,7 @@ def test_dropout_leaves_the_mean_and_falls_out_alike_in_backward(kind, monkeypat
 
 @pytest.mark.parametrize("name", ["LoRA", "LoHa"])
 def test_differentiates_twice(name, monkeypatch):
-    monkeypatch.setattr(overlay, "SMALL", 0)
+    monkeypatch.setattr(costs, "SMALL", 0)
     model = adapted(CONFIGS[name](), Own(6, 4))
     trained = [p for p in model.parameters() if p.requires_grad]
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
@@ -147,7 +147,7 @@ def kept_for_backward(model: nn.Module, x: Tensor) -> tuple[int, list[Tensor]]:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("make", [lambda: Own(256, 128), lambda: QUANTISERS["of nobody's"].make(nn.Linear(256, 128))])
 def test_keeps_the_input_and_thin_things(make, dropout, monkeypatch):
-    monkeypatch.setattr(overlay, "SMALL", 0)
+    monkeypatch.setattr(costs, "SMALL", 0)
     config = peft.LoraConfig(r=4, target_modules=["layer"], init_lora_weights=False, lora_dropout=dropout)
     layer = make().to(torch.bfloat16) if dropout else make().bfloat16()
     model = peft.get_peft_model(Holder(layer), config)
@@ -159,7 +159,7 @@ def test_keeps_the_input_and_thin_things(make, dropout, monkeypatch):
 
 
 def test_a_fresh_output_is_written_over_and_another_is_not(monkeypatch):
-    monkeypatch.setattr(overlay, "SMALL", 0)
+    monkeypatch.setattr(costs, "SMALL", 0)
     held: list[Tensor] = []
 
     class Watched(SelfRun):
@@ -180,7 +180,7 @@ def test_a_fresh_output_is_written_over_and_another_is_not(monkeypatch):
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_inputs_of_every_quantiser(q, dims, dtype, monkeypatch):
-    monkeypatch.setattr(overlay, "SMALL", 0)
+    monkeypatch.setattr(costs, "SMALL", 0)
     layer = quantised(q, dtype=dtype)
     if q.backend == "hqq" and dtype != torch.float32:
         pytest.skip("its kernel computes in one dtype")

@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft import LoHaConfig, LoraConfig, OFTConfig, autograd, get_peft_model, get_peft_model_state_dict
+from peft import LoHaConfig, LoraConfig, OFTConfig, get_peft_model, get_peft_model_state_dict
+from peft.autograd import costs
 from peft.errors import SaveError
 
 pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
@@ -50,8 +51,8 @@ def process(rank: int, meeting: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD)
     mesh, ids = init_device_mesh("cpu", (WORLD,)), torch.arange(24).view(2, 12)
-    for small in (autograd._SMALL, 0):
-        autograd._SMALL = small
+    for small in (costs.SMALL, 0):
+        costs.SMALL = small
         for name, config in CONFIGS.items():
             whole, sharded = build(config()), build(config())
             for layer in sharded.base_model.model.model.layers:

@@ -1,7 +1,7 @@
 """Fused forms over layers that run themselves (quantised ones): what adapters add to an output that is there already.
 
-The counterpart of `autograd`, under the same rules: nothing changes meaning, only x and thin things are kept for
-backward, and adapters are cast to the dtype of the activations, never x to theirs. The layer's weight is not read.
+The counterpart of `forms` and `nodes`: only x and thin things are kept for backward, and adapters are cast to the dtype
+of the activations, never x to theirs. The layer's weight is not read.
 """
 
 from __future__ import annotations
@@ -13,25 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.autograd import (
-    Dropout,
-    Form,
-    _act,
-    _again,
-    _denser,
-    _keep,
-    _keep_,
-    _kept_in,
-    _narrow,
-    _plain,
-    _pull,
-    _thin_enough,
-    _thin_grads,
-    _where,
-    no_autocast,
-)
+from peft.autograd.costs import denser, is_small, thin_enough
+from peft.autograd.dropout import Dropout, keep, keep_, kept_in, where
+from peft.autograd.forms import Form
+from peft.autograd.guards import no_autocast, plain
+from peft.autograd.products import act, again, narrow, pull, revived, spread, thin_grads
 from peft.operators import LowRank, Operator
-from peft.operators.base import SMALL, filled, shell
+from peft.operators.base import filled, shell
 from peft.updates import Add, Base, Before
 
 
@@ -46,7 +34,7 @@ def run(form: Form, base: Base, x: Tensor, layer: Callable[[Tensor], Tensor], fr
         fresh: Whether nobody else holds what the layer returns, so that it may be written over.
     """
     add, kind = form.add, type(form.add)
-    if form.update is not add or kind not in (Add, Before) or not _plain(x) or not x.is_floating_point():
+    if form.update is not add or kind not in (Add, Before) or not plain(x) or not x.is_floating_point():
         return None
     if not x.numel() or x.device.type == "meta":
         return None
@@ -56,7 +44,7 @@ def run(form: Form, base: Base, x: Tensor, layer: Callable[[Tensor], Tensor], fr
             turned = _operator(None, seen, form, False)
         return layer(turned)
     y = layer(x)
-    if not isinstance(y, Tensor) or not _plain(y):
+    if not isinstance(y, Tensor) or not plain(y):
         return add.forward(x, lambda _: y, None, base)
     dtype = _dtype(x, y)
     seen = x if x.element_size() < dtype.itemsize else x.to(dtype)
@@ -82,7 +70,7 @@ def _low_rank(y: Tensor, x: Tensor, form: Form, write: bool) -> Tensor:
     """y + s D(x) Aᵀ Bᵀ."""
     op: LowRank = form.op
     rate = form.dropout.p if form.dropout else 0.0
-    small = _small(x, y)
+    small = is_small(x.numel() + y.numel())
     if not small and (torch.is_grad_enabled() or rate):
         return LowRankOver.apply(y, x, op.down, op.up, float(op.scale), Dropout.draw(rate), write)
     dtype = op.down.dtype if small else x.dtype
@@ -96,20 +84,15 @@ def _operator(y: Tensor | None, x: Tensor, form: Form, write: bool) -> Tensor:
     """y + op D(x) for any operator; op D(x) without y."""
     op: Operator = form.op
     flat = x.reshape(-1, x.shape[-1])
-    small = _small(x, x if y is None else y)
-    if not small and (form.dropout or (torch.is_grad_enabled() and (_denser(op, flat) or not op.keeps(flat)))):
+    small = is_small(x.numel() + (x if y is None else y).numel())
+    if not small and (form.dropout or (torch.is_grad_enabled() and (denser(op, flat) or not op.keeps(flat)))):
         draw = Dropout.draw(form.dropout.p if form.dropout else 0.0)
         return OperatorOver.apply(op, draw, y, x, write, *form.parts)
     dtypes = {part.dtype for part in form.parts if part.is_floating_point()}
     dtype = dtypes.pop() if small and len(dtypes) == 1 else x.dtype
-    made = _act(op.to(dtype), _dropped(flat, form.dropout).to(dtype))
+    made = act(op.to(dtype), _dropped(flat, form.dropout).to(dtype))
     made = made.view(*x.shape[:-1], made.shape[-1])
     return made.to(x.dtype) if y is None else _sum(y, made, write)
-
-
-def _small(x: Tensor, y: Tensor) -> bool:
-    """Whether calls cost more than what they compute."""
-    return x.numel() + y.numel() <= SMALL
 
 
 def _dropped(x: Tensor, dropout: nn.Dropout | None) -> Tensor:
@@ -152,8 +135,8 @@ class LowRankOver(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.dropout = scale * (dropout.gain if dropout else 1.0), dropout
         flat = x.reshape(-1, x.shape[-1])
-        hidden = _narrow(_kept_in(dropout.mask(flat), flat) if dropout else flat, down).mul_(ctx.scale)
-        ctx.save_for_backward(x, down, up, _thin_enough(hidden, flat))
+        hidden = narrow(kept_in(dropout.mask(flat), flat) if dropout else flat, down).mul_(ctx.scale)
+        ctx.save_for_backward(x, down, up, thin_enough(hidden, flat))
         if write:
             ctx.mark_dirty(y)
         return _product_over(y, hidden, up, 1.0, write)
@@ -167,21 +150,21 @@ class LowRankOver(torch.autograd.Function):
         into = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
         grad_y = grad if needs[0] else None
         if torch.is_grad_enabled():
-            thin = F.linear(F.linear(_where(flat, mask), down.to(x.dtype)) * ctx.scale, up.to(x.dtype))
-            return grad_y, *_again(thin, (x, down, up), needs[1:4], into), None, None, None
-        back, grad_x = _narrow(into, up.mT).mul_(ctx.scale), None
+            thin = F.linear(F.linear(where(flat, mask), down.to(x.dtype)) * ctx.scale, up.to(x.dtype))
+            return grad_y, *again(thin, (x, down, up), needs[1:4], into), None, None, None
+        back, grad_x = narrow(into, up.mT).mul_(ctx.scale), None
         if needs[1]:
             grad_x = back @ down.to(x.dtype)
-            grad_x = (grad_x if mask is None else _keep_(grad_x, mask)).view(x.shape)
-        seen = flat if mask is None else _kept_in(mask, flat)
-        grad_down, grad_up = _thin_grads(needs[2:4], seen, back, into, down, up, ctx.scale, hidden)
+            grad_x = (grad_x if mask is None else keep_(grad_x, mask)).view(x.shape)
+        seen = flat if mask is None else kept_in(mask, flat)
+        grad_down, grad_up = thin_grads(needs[2:4], seen, back, into, down, up, ctx.scale, hidden)
         return grad_y, grad_x, grad_down, grad_up, None, None, None
 
 
 class OperatorOver(torch.autograd.Function):
     """y + op D(x) for any operator, over y if `write`; op D(x) where there is no y.
 
-    Keeps x and the operator's own tensors, and makes the rest again, as `autograd.OperatorLinear` does. Shapes: y
+    Keeps x and the operator's own tensors, and makes the rest again, as `OperatorLinear` does. Shapes: y
     (…, out), x (…, in).
     """
 
@@ -198,7 +181,7 @@ class OperatorOver(torch.autograd.Function):
         ctx.save_for_backward(x, *parts)
         ctx.op, ctx.dropout = shell(op), dropout
         flat = x.reshape(-1, x.shape[-1])
-        made = _act(op.to(x.dtype), _keep(flat, dropout.mask(flat)) * dropout.gain if dropout else flat)
+        made = act(op.to(x.dtype), keep(flat, dropout.mask(flat)) * dropout.gain if dropout else flat)
         made = made.view(*x.shape[:-1], made.shape[-1])
         if y is None:
             return made
@@ -215,16 +198,12 @@ class OperatorOver(torch.autograd.Function):
         into = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
         grad_y = grad if needs[2] else None
         if torch.is_grad_enabled():
-            made = _act(filled(ctx.op, iter(parts)).to(x.dtype), _where(flat, mask) * (dropout.gain if dropout else 1))
-            grad_x, *found = _again(made, (x, *parts), (needs[3], *need_parts), into)
+            made = act(filled(ctx.op, iter(parts)).to(x.dtype), where(flat, mask) * (dropout.gain if dropout else 1))
+            grad_x, *found = again(made, (x, *parts), (needs[3], *need_parts), into)
             return None, None, grad_y, grad_x, None, *found
-        held = [t.detach().requires_grad_() if need else t for t, need in zip(parts, need_parts, strict=True)]
-        wanted = [t for t, need in zip(held, need_parts, strict=True) if need]
-        with torch.enable_grad():
-            acting = filled(ctx.op, iter(held)).to(x.dtype)
-        seen = _keep(flat, mask) * dropout.gain if dropout else flat  # type: ignore[arg-type]
-        back, found = _pull(acting, seen, into, wanted, needs[3])
+        acting, wanted = revived(ctx.op, parts, need_parts, x.dtype)
+        seen = keep(flat, mask) * dropout.gain if dropout else flat  # type: ignore[arg-type]
+        back, found = pull(acting, seen, into, wanted, needs[3])
         if back is not None:
-            back = (_keep(back, mask).mul_(dropout.gain) if dropout else back).view(x.shape)
-        rest = iter(found)
-        return None, None, grad_y, back, None, *(next(rest) if need else None for need in need_parts)
+            back = (keep(back, mask).mul_(dropout.gain) if dropout else back).view(x.shape)
+        return None, None, grad_y, back, None, *spread(found, need_parts)
