@@ -189,6 +189,83 @@ def layer(
     return Job(once, repeats=min(repeats, 40), forward=lambda: module(x), frozen=weights, device=device)
 
 
+class Stored(nn.Module):
+    """One layer of any type, and a name for it."""
+
+    def __init__(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lin = make().to(dtype).requires_grad_(False)
+
+
+class Experts(nn.Module):
+    """A stack of expert matrices in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(8, 512, 256) / 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.stack)
+
+
+def transposed() -> nn.Module:
+    """GPT-2's linear layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(1024, 1024)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
+    "Conv2d 64 -> 128, 3 × 3": (lambda: nn.Conv2d(64, 128, 3, padding=1), lambda: torch.randn(4, 64, 32, 32)),
+    "Conv2d 256 -> 256, 1 × 1": (lambda: nn.Conv2d(256, 256, 1), lambda: torch.randn(4, 256, 16, 16)),
+    "Conv1D 1024 -> 1024": (transposed, lambda: torch.randn(1024, 1024)),
+    "Embedding 8192 × 512": (lambda: nn.Embedding(8192, 512), lambda: torch.randint(8192, (4, 256))),
+    "8 experts 512 × 256": (Experts, lambda: torch.randn(8, 128, 512)),
+}
+"""Layers that are no `nn.Linear`, and what they are given."""
+MADE_FOR = {
+    "LoRA r16": tuple(KINDS),
+    "DoRA r16": tuple(kind for kind in KINDS if "experts" not in kind),
+    "LoHa r8": tuple(kind for kind in KINDS if "Conv2d" in kind),
+    "HiRA r16": ("Conv1D 1024 -> 1024", "Embedding 8192 × 512"),
+}
+"""Those on which the reference has a method."""
+
+
+def other_layer(side: str, kind: str, method: str, dtype: str, train: bool) -> Job:
+    """Forward and backward of one adapted layer, or forward alone; embeddings train no input."""
+    import peft
+
+    make, inputs = KINDS[kind]
+    model = Stored(make, DTYPES[dtype])
+    module: nn.Module = model.lin
+    if side != "floor":
+        where = {"target_parameters": ["lin.stack"], "target_modules": []} if "experts" in kind else {}
+        model = peft.get_peft_model(model, config(method, **{"target_modules": ["lin"], **where}))
+        module = model.get_base_model().lin
+        model.train(train)
+    x = inputs()
+    if x.is_floating_point():
+        x = x.to(DTYPES[dtype]).requires_grad_(train)
+    with torch.no_grad():
+        grad = torch.randn_like(module(x))
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def step(_: Any) -> None:
+        x.grad = None
+        for p in parameters:
+            p.grad = None
+        y = module(x)
+        if y.requires_grad:
+            y.backward(grad)
+
+    def run(_: Any) -> None:
+        with torch.no_grad():
+            module(x)
+
+    return Job(step if train else run, repeats=8)
+
+
 # one model
 
 
@@ -435,6 +512,18 @@ def _quantised() -> list[Case]:
     return found
 
 
+def _kinds() -> list[Case]:
+    found = []
+    for method, kinds in MADE_FOR.items():
+        for kind in kinds:
+            for dtype in DTYPES:
+                for train in (True, False):
+                    name = f"{method}, {dtype}, {kind}" + ("" if train else ", inference")
+                    make = partial(other_layer, kind=kind, method=method, dtype=dtype, train=train)
+                    found.append(Case("other layers", name, make, floor="Embedding" not in kind))
+    return found
+
+
 def _models() -> list[Case]:
     found = []
     for method, dtype, checkpointing in (
@@ -466,6 +555,7 @@ def _all() -> list[Case]:
         *(Case("switch", what, partial(switch, what=what)) for what in ("set_adapter", "state dict", "save")),
         *_layers(),
         *_shapes(),
+        *_kinds(),
         *_models(),
         Case("inference", "LoRA r16, 256 tokens", partial(inference, method="LoRA r16", tokens=256), floor=True),
         Case("inference", "LoRA r16, 1 token", partial(inference, method="LoRA r16", tokens=1), floor=True),

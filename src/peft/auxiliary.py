@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft import routing
 from peft.errors import AdapterNameError, ConfigError, PeftWarning, TargetError
+from peft.holder import ITS_OWN
 from peft.layer import AdaptedLayer, layer_class
 from peft.rows import in_turns
 from peft.slots import adapter_dtype
@@ -242,7 +243,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if not {self.original, self.copies} <= self.__dict__.get("_modules", {}).keys():
+            if name in ITS_OWN or not {self.original, self.copies} <= self.__dict__.get("_modules", {}).keys():
                 raise
             return getattr(self.module(self._chosen(routing.current())), name)
 
@@ -358,7 +359,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "token_adapter" not in self.__dict__.get("_modules", {}):
+            if name in ITS_OWN or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self._modules["token_adapter"], name)
 

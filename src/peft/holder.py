@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 """Paths of layers inside one expert of a mixture, which see the tokens that a router sends there."""
 _BY_NAME = ("_adapters", "_stored", "_banks", "_leaders", "_followers", "_originals", "_caches", "_waiting", "_scales")
+ITS_OWN = frozenset({"_hf_hook", "_old_forward"})
+"""What accelerate leaves on a module and takes off again: never that of a module inside."""
 _ADAPTER_STATE = ("base_layer", "_adapters", "_active_adapter", "merged_adapters")
 
 
@@ -150,7 +152,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in _ADAPTER_STATE or "base_layer" not in self._modules:
+            if name in _ADAPTER_STATE or name in ITS_OWN or "base_layer" not in self._modules:
                 raise
             if name in type(self).adapter_layer_names:
                 return nn.ParameterDict() if "embedding" in name else nn.ModuleDict()

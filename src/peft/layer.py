@@ -21,6 +21,7 @@ from peft.autograd import overlay
 from peft.errors import ConfigError, MethodError, PeftWarning, StateError, TargetError, UnsupportedError
 from peft.holder import AdapterHolder, BaseTunerLayer
 from peft.hosts import Host, host_class, supported
+from peft.hosts.base import offloaded
 from peft.hosts.parameter import ParameterHost
 from peft.method import WeightMethod, method_of
 from peft.parts import UNSEEN, Call, Parts, Read
@@ -244,6 +245,12 @@ class AdaptedLayer(AdapterHolder):
 
     def _merge_order(self, names: Sequence[str]) -> list[str]:
         """The merged part of the stack once these adapters are merged as well."""
+        if offloaded(self.get_base_layer()) is not None:
+            raise UnsupportedError(
+                "accelerate keeps the weights of this layer elsewhere (offloading) and would bring the old ones back "
+                "over merged ones. Call accelerate.hooks.remove_hook_from_submodules(model.get_base_model()) first, or "
+                "load the base model without offloading."
+            )
         if names and not self.host.writable:
             raise UnsupportedError(
                 f"Nothing can be merged into {type(self.get_base_layer()).__name__} ({self.host.backend}): how its "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft.errors import nearest
 from peft.hosts import Host
+from peft.hosts.base import fetched
 from peft.method import Site, WeightMethod, method_of
 from peft.operators import Operator
 from peft.slots import tensor_of
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _NOTHING: Any = object()
+_TENSORS = (Tensor, nn.Parameter)
 
 Read = tuple[Any, Any, Any]
 """A dict, a key and the value that was read there. None for the layer's own dict, which would hold itself."""
@@ -73,6 +75,8 @@ class Parts:
                 value = home.get(adapter)
             if value is not None:
                 tensor = tensor_of(value)
+                if tensor.__class__ in _TENSORS and tensor.is_meta:
+                    tensor = _brought(held, adapter, value, tensor)
                 if reads is not None:
                     reads += _read(home, adapter, value, tensor)
                 return tensor
@@ -144,12 +148,21 @@ class Parts:
         return self.layer._modules[self.layer._stored.get(name, name)][self.adapter]  # type: ignore[index]
 
 
+def _brought(held: nn.Module, adapter: str, value: Any, tensor: Tensor) -> Tensor:
+    """The values of a slot's tensor on the meta device, if accelerate keeps them elsewhere; else the tensor."""
+    if isinstance(value, Tensor):
+        return fetched(held, adapter, value)
+    weight: Any = value._parameters.get("weight")
+    found = tensor if weight is None else fetched(value, "weight", weight)
+    return tensor if found is weight else found.view(tensor.shape)
+
+
 def _read(home: Any, adapter: str, value: Any, tensor: Any) -> tuple[Read, ...]:
     """What was read for the tensor of a slot: the tensor itself, or the `weight` of a module, or that as a matrix."""
     if isinstance(value, nn.ParameterDict):
         return (home, adapter, value), *((value._parameters, key, held) for key, held in value._parameters.items())
-    if value is tensor:
-        return ((home, adapter, value),) if isinstance(value, Tensor) else (UNSEEN,)
+    if value is tensor or isinstance(value, Tensor):
+        return ((home, adapter, value),) if value is tensor and isinstance(value, Tensor) else (UNSEEN,)
     weight = value._parameters.get("weight")
     if weight is not tensor and (weight is None or getattr(tensor, "_base", None) is not weight):
         return (UNSEEN,)

@@ -168,7 +168,8 @@ def _operator(
     wide = x.dtype
     if dtypes and small and not op.rounds and (len(dtypes) == 1 or is_small(weight.numel())):
         wide = reduce(torch.promote_types, dtypes)
-    op = op.to(wide)
+    if dtypes != {wide}:
+        op = op.to(wide)
     if wide == x.dtype:
         return with_operator(op, before, x, seen, weight, bias, dropout is not None)
     changed = act(op, seen.to(wide))

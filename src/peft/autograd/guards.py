@@ -20,6 +20,8 @@ def can_fuse(module: nn.Module) -> bool:
         return False
     if forward_ad._current_level >= 0 or _has_any_global_hook():
         return False
+    if "forward" in module.__dict__:  # replaced on this one module, as accelerate does to bring weights it offloads
+        return False
     return not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

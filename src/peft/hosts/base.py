@@ -61,11 +61,15 @@ class Host:
     def raw(self) -> Tensor:
         """The stored weight, whatever its shape and dtype."""
         found = self.module._parameters.get(self.parameter)  # attributes of modules are looked up slowly
-        return getattr(self.module, self.parameter) if found is None else found
+        if found is None:
+            return getattr(self.module, self.parameter)
+        return fetched(self.module, self.parameter, found) if found.is_meta else found
 
     @property
     def device(self) -> torch.device:
-        return self.raw.device
+        """Where the layer computes."""
+        hook = offloaded(self.module)
+        return self.raw.device if hook is None else torch.device(hook.execution_device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,7 +133,9 @@ class Host:
     def bias(self) -> Tensor | None:
         """b (out,), or None."""
         found = self.module._parameters.get(self.bias_parameter, self)
-        return getattr(self.module, self.bias_parameter, None) if found is self else found
+        if found is self:
+            return getattr(self.module, self.bias_parameter, None)
+        return fetched(self.module, self.bias_parameter, found) if found is not None and found.is_meta else found
 
     def native(self, weight: Tensor) -> Tensor:
         """W (out, in) in the shape in which the layer stores it."""
@@ -220,6 +226,18 @@ def named_host(module: nn.Module) -> type[Host] | None:
 def supported() -> list[str]:
     """Names of the layer types that have a host."""
     return sorted({name.rpartition(".")[2] for name in _HOSTS})
+
+
+def offloaded(module: nn.Module) -> Any:
+    """The hook by which accelerate brings a module's parameters from where it keeps them to a call; None without."""
+    hook = module.__dict__.get("_hf_hook")
+    return next((h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "weights_map", None) is not None), None)
+
+
+def fetched(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """The values of a parameter on the meta device, if accelerate keeps them elsewhere; else the parameter."""
+    hook = offloaded(module)
+    return parameter if hook is None else hook.weights_map[name].to(hook.execution_device)
 
 
 _BLANK = vars(nn.Module())
