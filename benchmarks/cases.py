@@ -517,7 +517,7 @@ def _kinds() -> list[Case]:
     for method, kinds in MADE_FOR.items():
         for kind in kinds:
             for dtype in DTYPES:
-                for train in (True, False):
+                for train in (True, False) if method == "LoRA r16" else (True,):
                     name = f"{method}, {dtype}, {kind}" + ("" if train else ", inference")
                     make = partial(other_layer, kind=kind, method=method, dtype=dtype, train=train)
                     found.append(Case("other layers", name, make, floor="Embedding" not in kind))
