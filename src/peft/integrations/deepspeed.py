@@ -27,7 +27,7 @@ def gather_params_ctx(
     if not check_deepspeed_zero3_enabled():
         yield
         return
-    import deepspeed  # pyright: ignore[reportMissingImports]
-
-    with deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
+    # Not by `import deepspeed`: tools that look beside a file first would take this very one.
+    zero = sys.modules["deepspeed"].zero
+    with zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
         yield
