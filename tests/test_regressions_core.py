@@ -362,7 +362,7 @@ def test_a_model_that_has_run_and_trained_can_be_copied():
         expected = model(x)
         for parameter in model.parameters():
             parameter.add_(0)
-    assert torch.equal(copy.deepcopy(model)(x), expected)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
 
 
 def test_an_option_that_a_config_does_not_have_is_named_with_the_nearest():
