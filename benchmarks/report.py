@@ -63,7 +63,7 @@ keep a second copy of it.
   LoRA's update, and that of any method which is only parameters and settings, is read off the layer once and kept as
   long as those are there. What other methods compute from their parameters is computed in each call, as in the
   reference; with layers of 64 by 64 that is ten to thirty calls of a few microseconds, and ratios from 0.9 to 1.4. To
-  keep what was computed would need a look at each value that it was computed from, which takes longer than computing it.
+  keep what was computed would need a look at each value it was computed from, which takes longer than computing it.
 * **Mixed batches.** Rows are gathered by adapter and meet the stacked factors in two batched products. Called bare, on
   factors that are stacked and rows that are sorted already, those and the frozen layers take 1.5 times what the frozen
   layers take (about 0.3 of the reference): 16 adapters of rank 16 have as many bytes to read as W.
