@@ -22,8 +22,8 @@ GATHERED = 512.0
 Between the 170 measured on a CPU and the 2000 that memory bandwidth allows an accelerator.
 """
 
-_MOVED = 700.0
-"""What an element costs that narrow convolutions read and write (measured on a CPU)."""
+_MOVED = 175.0
+"""What a byte costs that narrow convolutions read and write (measured on a CPU)."""
 
 _FEW, _LITTLE = 16, 1 << 16
 """Tokens, and elements to gather for them, up to which that costs a CPU less than sorting places and multiplying by
@@ -496,7 +496,7 @@ class Wavelet(Operator):
         return self.values, scaled(found, self.scale)
 
     def flops(self, tokens: int) -> float:
-        moved = _MOVED * sum(self.shape)
+        moved = _MOVED * self.values.element_size() * sum(self.shape)
         return tokens * (GATHERED * self.values.shape[0] + moved + self._flops_bands(1, 1))
 
     def flops_dense(self, tokens: int) -> float:
