@@ -46,6 +46,8 @@ keep a second copy of it.
   31 ms where this takes 15.
 * **C3A.** As FourierFT, with 65 complex products of 8 by 8 blocks in between: 12 ms in all, of which the transforms and
   their transposes are two thirds. Dense, it would be 31 ms.
+* **Injection of 560 layers** makes 3,920 modules, seven for each (the layer, two factors, dropout, and their dicts by
+  adapter), which other libraries read: 130 µs for each layer, between 0.20 and 0.21 of the reference from run to run.
 * **Bytes kept by one layer.** The reference keeps a float32 copy of the input, this library the 16-bit input itself:
   0.5 of it, and less only where an input is shared (query, key, value; gate, up), as in a model.
 * **Float32** tensors are kept as they are, so there a layer keeps what the reference's keeps.
