@@ -323,7 +323,7 @@ class AdaptedLayer(AdapterHolder):
         for name, parameter in kept.items():
             if parameter is None:
                 continue
-            if self.host_cls.opaque:  # quantisers' parameters move with what they carry
+            if type(parameter) is not nn.Parameter:  # quantisers' move with what they carry
                 kept[name] = fn(parameter)
                 continue
             moved = fn(parameter.data)

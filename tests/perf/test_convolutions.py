@@ -125,3 +125,25 @@ def test_hooks_on_the_base_layer_are_called(size):
     model.get_base_model()[0].get_base_layer().register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(model(x), wanted)
     assert seen
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, (self.weight - self.weight.mean()) / self.weight.std(), self.bias)
+
+
+class Tripled(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, 3 * weight, bias)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "LoHa"])
+@pytest.mark.parametrize("kind", [Standardised, Tripled])
+def test_subclasses_with_a_forward_of_their_own_run_by_it(name, kind, size):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(kind(8, 12, 3, padding=1)).double(), torch.randn(2, 8, 5, 6, dtype=torch.float64)
+    wanted = model(x)
+    config = CONFIGS[name]()
+    if name == "LoHa":
+        config.init_weights = True
+    torch.testing.assert_close(get_peft_model(model, config)(x), wanted)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import peft
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.errors import UnsupportedError
 from peft.hosts import host_class
 from peft.testing import Holder, SelfRun, close, same, train
@@ -187,3 +188,25 @@ def test_a_forward_of_its_own_is_not_computed_past():
     base, x = Doubled(8, 6), torch.randn(3, 8)
     model = peft.get_peft_model(Holder(base), LoraConfig(target_modules=["layer"]))
     close(model(x), base(x), 1e-6, "outputs at the start")
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_transposed_layer_with_a_forward_of_its_own(scale):
+    class Scaled(Conv1D):
+        def forward(self, x):
+            return scale * super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Scaled(8, 12)), torch.randn(3, 12)
+    wanted = model(x)
+    torch.testing.assert_close(get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))(x), wanted)
+
+
+def test_a_plain_weight_below_a_merged_one_moves_as_a_parameter():
+    model: Any = get_peft_model(Holder(SelfRun(8, 12)), LoraConfig(r=2, target_modules="all-linear"))
+    model.merge_adapter()
+    model.to(torch.float64)
+    model.unmerge_adapter()
+    weight = next(m for m in model.modules() if isinstance(m, SelfRun)).weight
+    assert type(weight) is nn.Parameter
+    assert weight.dtype == torch.float64

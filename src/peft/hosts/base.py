@@ -218,9 +218,14 @@ class Host:
 def named_host(module: nn.Module) -> type[Host] | None:
     """The host registered for a module's class, or for one that it derives from."""
     for cls in type(module).__mro__:
-        if (host := _HOSTS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+        if (host := _HOSTS.get(qualified(cls))) is not None:
             return host
     return None
+
+
+def qualified(cls: type) -> str:
+    """The name by which a layer type is registered."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def supported() -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peft.hosts.base import Host, named_host
+from peft.hosts.base import Host, named_host, qualified
 from peft.hosts.embedding import EmbeddingHost
 from peft.hosts.linear import LinearHost
-from peft.hosts.opaque import OpaqueEmbeddingHost, OpaqueLinearHost, SelfRunLinearHost, is_packed, sizes, stored
+from peft.hosts.opaque import SELF_RUN, OpaqueEmbeddingHost, OpaqueLinearHost, is_packed, sizes, stored
 from peft.hosts.tensors import PACKED, is_packed_tensor
 
 _PACKED_OTHERWISE: dict[type[Host], type[Host]] = {LinearHost: OpaqueLinearHost, EmbeddingHost: OpaqueEmbeddingHost}
@@ -28,14 +28,16 @@ def host_class(module: nn.Module) -> type[Host] | None:
         return OpaqueLinearHost if host is LinearHost and stored(module) else host
     if is_packed(weight):
         return (PACKED if is_packed_tensor(weight) else _PACKED_OTHERWISE).get(host)
-    return SelfRunLinearHost if host is LinearHost and _runs_itself(module) else host
+    return SELF_RUN[host] if host in SELF_RUN and _runs_itself(module, host) else host
 
 
-def _runs_itself(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    if forward is not None:  # accelerate moves tensors there and runs the layer's own
+def _runs_itself(module: nn.Module, host: type[Host]) -> bool:
+    """Whether a module does not run as the class that the host is for."""
+    if module.__dict__.get("forward") is not None:  # accelerate moves tensors there and runs the layer's own
         return getattr(module, "_hf_hook", None) is None
-    return type(module).forward is not nn.Linear.forward
+    own = type(module)
+    plain = next(cls for cls in own.__mro__ if qualified(cls) in host.types)
+    return any(getattr(own, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward"))
 
 
 def _quantised_linear(module: nn.Module) -> bool:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from peft.errors import TargetError
 from peft.hosts.base import Host
+from peft.hosts.conv import Conv1dHost, Conv2dHost, Conv3dHost
 from peft.hosts.embedding import EmbeddingHost
-from peft.hosts.linear import LinearHost
+from peft.hosts.linear import Conv1DHost, LinearHost
 from peft.hosts.parameter import lend
 
 _PACKERS = ("torchao.", "optimum.quanto.", "bitsandbytes.")
@@ -56,11 +57,27 @@ def stored(module: nn.Module) -> dict[str, Tensor]:
     return {n: t for held in (module._parameters, module._buffers) for n, t in held.items() if t is not None}
 
 
-class SelfRunLinearHost(LinearHost):
-    """A subclass of `nn.Linear` with a forward of its own and a plain weight."""
+class SelfRun(Host):
+    """A layer with a plain weight whose forward is not that of torch's class, so that only the layer can run it."""
 
     opaque = True
     fuses = False
+
+
+class SelfRunConv1dHost(SelfRun, Conv1dHost):
+    """A subclass of `nn.Conv1d`."""
+
+
+class SelfRunConv2dHost(SelfRun, Conv2dHost):
+    """A subclass of `nn.Conv2d`."""
+
+
+class SelfRunConv3dHost(SelfRun, Conv3dHost):
+    """A subclass of `nn.Conv3d`."""
+
+
+class SelfRunLinearHost(SelfRun, LinearHost):
+    """A subclass of `nn.Linear`."""
 
     def run(self, layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = layer(x, *args, **kwargs)
@@ -73,6 +90,20 @@ class SelfRunLinearHost(LinearHost):
             return StraightThrough.apply(y, x, self)
         linear = F.linear(x, self.weight().to(x.dtype))
         return y + (linear - linear.detach())
+
+
+class SelfRunConv1DHost(SelfRunLinearHost, Conv1DHost):
+    """A subclass of transformers' `Conv1D`."""
+
+
+SELF_RUN: dict[type[Host], type[Host]] = {
+    LinearHost: SelfRunLinearHost,
+    Conv1DHost: SelfRunConv1DHost,
+    Conv1dHost: SelfRunConv1dHost,
+    Conv2dHost: SelfRunConv2dHost,
+    Conv3dHost: SelfRunConv3dHost,
+}
+"""The host of a layer that runs itself, by that of the plain layer: of all that are computed past otherwise."""
 
 
 class OpaqueLinearHost(SelfRunLinearHost):
