@@ -14,6 +14,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    get_peft_model,
 )
 from peft.errors import UnsupportedError
 
@@ -204,3 +205,13 @@ def test_every_attention_implementation_computes_the_same(kind, attention):
     model.base_model.set_attn_implementation(attention)
     with torch.compiler.set_stance("force_eager"), torch.no_grad():  # flex attention is compiled otherwise
         torch.testing.assert_close(model(**inputs).logits[:, -6:][real], want[real], **CLOSE)
+
+
+def test_nothing_is_left_on_a_model_without_prompts():
+    base = make("gpt2")
+    before = {name: set(vars(module)) for name, module in base.named_modules()}
+    model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    model(input_ids=torch.arange(4)[None])
+    model.generate(input_ids=torch.arange(4)[None], max_new_tokens=2, pad_token_id=0)
+    model.delete_adapter("default")
+    assert {name: set(vars(module)) for name, module in base.named_modules()} == before

@@ -152,6 +152,7 @@ def detach(base_model: nn.Module) -> None:
     found = base_model.__dict__.pop(_SITE, None)
     if found is not None:
         found.remove()
+    _geometry.forget(base_model)
 
 
 def _prepend_cache(stack: nn.Module, kwargs: dict, opened: Scope, accepts: tuple[str, ...]) -> None:

@@ -113,6 +113,12 @@ def position_embeddings(module: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def forget(base_model: nn.Module) -> None:
+    """Leave nothing on a model of what was found out about it."""
+    for module in base_model.modules():
+        module.__dict__.pop(_TABLES, None)
+
+
 def counts_positions_along_mask(module: nn.Module) -> bool:
     """Whether positions are derived from the mask of padding (OPT and its kin), so that they need not be given."""
     # BioGPT's table would count along the mask, but its model hands it positions that it counts by itself.
