@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from peft import routing
-from peft.errors import AdapterNameError, ConfigError, PeftWarning, TargetError
+from peft.errors import AdapterNameError, ConfigError, PeftWarning, TargetError, UnsupportedError
 from peft.holder import ITS_OWN
+from peft.hosts.base import offloaded
 from peft.layer import AdaptedLayer, layer_class
 from peft.rows import in_turns
 from peft.slots import adapter_dtype
@@ -154,6 +155,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             raise TargetError(
                 f"A {type(self.original_module).__name__} can't be trained whole (modules_to_save) while layers inside "
                 f"it are adapted by {inside.available_adapters}; delete those first, or adapt the layers here as well."
+            )
+        if any(offloaded(m) is not None for m in self.original_module.modules()):
+            raise UnsupportedError(
+                f"accelerate keeps the weights of a {type(self.original_module).__name__} elsewhere (offloading) and "
+                "would bring them to its trained copy as well (modules_to_save, LN tuning). Load the base model "
+                "without offloading that module (device_map), or leave it out."
             )
         fresh: dict[int, Any] = {id(b): b.detach().clone() for b in self.original_module.buffers()}
         for parameter in self.original_module.parameters():

@@ -86,3 +86,15 @@ def test_merging_says_what_to_do():
     merged: nn.Module = model.merge_and_unload()
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    ],
+)
+def test_an_offloaded_module_is_not_trained_whole(config):
+    with pytest.raises(UnsupportedError, match="offloading"):
+        get_peft_model(offloaded(tiny_llama()), config())
