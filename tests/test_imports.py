@@ -23,6 +23,7 @@ RANKS = [
     ["peft.autograd.dropout", "peft.autograd.guards", "peft.autograd.costs"],
     ["peft.autograd.products"],
     ["peft.autograd.nodes"],
+    ["peft.autograd.over"],
     ["peft.autograd.forms"],
     ["peft.autograd.overlay", "peft.autograd.batches"],
     ["peft.autograd"],

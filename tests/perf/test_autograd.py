@@ -37,7 +37,11 @@ CONFIGS: dict[str, Any] = {
     "BEFT": lambda: peft.BeftConfig(target_modules=["lin"]),
     "MiSS": lambda: peft.MissConfig(r=2, target_modules=["lin"]),
     "FRoD": lambda: peft.FrodConfig(sparse_rate=0.1, target_modules=["lin"]),
+    "TinyLoRA": lambda: peft.TinyLoraConfig(r=2, u=3, target_modules=["lin"]),
+    "PSOFT": lambda: peft.PsoftConfig(r=3, target_modules=["lin"]),
 }
+A_FROZEN = ("LoRA", "LoRA with bias", "DoRA", "VeRA", "TinyLoRA", "PSOFT", "FRoD")
+"""Methods whose first factor is not trained, or may be frozen (LoRA-FA)."""
 
 
 class One(nn.Module):
@@ -81,6 +85,23 @@ def assert_equal(found: list[Tensor | None], wanted: list[Tensor | None], tolera
         if one is not None and two is not None:
             assert one.dtype == two.dtype
             torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance * (1 + two.abs().max().item()))
+
+
+def with_dropout(config: Any, rate: float) -> Any:
+    """The config, with dropout of the input if there is a field for it."""
+    field = next((f for f in vars(config) if f.endswith("_dropout") and f != "module_dropout"), None)
+    if rate and field is None:
+        pytest.skip("no dropout of the input")
+    if rate:
+        setattr(config, field, rate)
+    return config
+
+
+def freeze_down(model: nn.Module) -> None:
+    """Freeze A, as LoRA-FA does."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
 
 
 @pytest.fixture
@@ -253,6 +274,34 @@ def test_gradient_checkpointing_replays_dropout(name, reentrant):
     assert_equal(found, step(model, x), 1e-12)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("name", A_FROZEN)
+def test_a_frozen_first_factor_changes_no_gradient(name, dropout, monkeypatch, fused_calls):
+    model = adapted(with_dropout(CONFIGS[name](), dropout)).train()
+    freeze_down(model)
+
+    def same(module: nn.Dropout, x: Tensor) -> Tensor:
+        drawn = autograd.Dropout.draw(module.p)
+        return x if drawn is None else where(x, drawn.mask(x)) * drawn.gain
+
+    monkeypatch.setattr(nn.Dropout, "forward", same)
+    results = []
+    for plain in (False, True):
+        x = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        results.append(step(model, x, plain, seed=3))
+        with pytest.MonkeyPatch.context() as patch:
+            if plain:
+                patch.setattr(autograd.Form, "run", lambda *_: None)
+            torch.manual_seed(3)
+            wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+            first = torch.autograd.grad(model(x).pow(3).sum(), wanted, create_graph=True)
+            model.zero_grad()
+            sum(g.square().sum() for g in first).backward()
+        results[-1] += [g.detach() for g in first] + [x.grad, *(p.grad for p in model.parameters())]
+    assert all(fused_calls)
+    assert_equal(results[0], results[1], 1e-10)
+
+
 # what is kept
 
 
@@ -293,6 +342,16 @@ def test_keeps_what_the_middle_of_a_product_sees_in_place_of_the_input():
     x = torch.randn(4096, 64, dtype=torch.bfloat16, requires_grad=True)
     entries = (16 + 4) * sum(p.numel() for p in model.parameters() if p.requires_grad)  # places and values
     assert kept(lambda: model(x), model) <= x.untyped_storage().nbytes() + entries
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("name", [n for n in A_FROZEN if n not in ("DoRA", "FRoD")])
+def test_keeps_what_a_frozen_first_factor_makes_in_place_of_the_input(name, dropout):
+    model = adapted(with_dropout(CONFIGS[name](), dropout), torch.bfloat16, inner=64, out=64).train()
+    freeze_down(model)
+    x = torch.randn(4096, 64, dtype=torch.bfloat16, requires_grad=True)
+    made = 4 * 64 * 64  # what methods derive from their parameters has at most a weight's size
+    assert kept(lambda: model(x), model) <= x.untyped_storage().nbytes() // 8 + made
 
 
 def test_projections_of_one_input_share_what_they_keep():

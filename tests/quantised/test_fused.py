@@ -25,6 +25,8 @@ CONFIGS = {
     "HRA": lambda: peft.HRAConfig(r=2, target_modules=["layer"]),
     "OFT": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["layer"], init_weights=False),
     "FourierFT": lambda: peft.FourierFTConfig(n_frequency=9, target_modules=["layer"]),
+    "VeRA": lambda: peft.VeraConfig(r=4, target_modules=["layer"]),
+    "TinyLoRA": lambda: peft.TinyLoraConfig(r=2, u=3, target_modules=["layer"]),
 }
 
 
@@ -107,7 +109,7 @@ def test_dropout_leaves_the_mean_and_falls_out_alike_in_backward(kind, monkeypat
     assert abs(kept.mean() - 1) < 0.1
 
 
-@pytest.mark.parametrize("name", ["LoRA", "LoHa"])
+@pytest.mark.parametrize("name", ["LoRA", "LoHa", "TinyLoRA"])
 def test_differentiates_twice(name, monkeypatch):
     monkeypatch.setattr(costs, "SMALL", 0)
     model = adapted(CONFIGS[name](), Own(6, 4))
@@ -156,6 +158,16 @@ def test_keeps_the_input_and_thin_things(make, dropout, monkeypatch):
     found, kept = kept_for_backward(model, x)
     assert all(t.dtype != torch.float32 or t.numel() <= 4 * 256 for t in kept), "x was cast to the adapter's dtype"
     assert found - bare <= 8 * 64 * 4 * 2, "more than the projection of x is kept"
+
+
+def test_keeps_no_input_where_a_is_frozen(monkeypatch):
+    monkeypatch.setattr(costs, "SMALL", 0)
+    model = adapted(CONFIGS["LoRA, dropout"](), Own(64, 32), torch.bfloat16).train()
+    model.base_model.model.layer.lora_A["default"].weight.requires_grad_(False)
+    x = torch.randn(8, 64, 64, dtype=torch.bfloat16, requires_grad=True)
+    found, kept = kept_for_backward(model, x)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept}
+    assert found <= 8 * 64 * 2 * 2 + 32 * 2 * 4, "more than the projection of x, and B, is kept"
 
 
 def test_a_fresh_output_is_written_over_and_another_is_not(monkeypatch):

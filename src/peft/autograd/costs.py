@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from peft.operators import Operator
@@ -61,3 +62,12 @@ def summed(op: Operator, x: Tensor, dropped: bool) -> bool:
     """Whether W + op runs as one matrix where op is dense anyway: if the sum is not rounded to 16 bits (or is, by
     definition of the method)."""
     return not dropped and (x.element_size() >= 4 or op.rounds)
+
+
+def narrowed(op: Operator, x: Tensor) -> tuple[Tensor, Operator] | None:
+    """The parts of an operator whose first one is not trained and no wider than x, unless the dense form costs less."""
+    found = op.narrowed() if torch.is_grad_enabled() else None
+    if found is None or found[0].shape[0] > found[0].shape[1]:
+        return None
+    dense = 3 * op.flops_dense(x.shape[0]) + op.flops_dense(0)
+    return found if 2 * op.flops(x.shape[0]) <= dense else None

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.autograd.costs import beside, denser, is_small
+from peft.autograd.costs import beside, denser, is_small, narrowed
 from peft.autograd.dropout import Dropout
 from peft.autograd.guards import computes_in, no_autocast, plain
-from peft.autograd.nodes import FrozenLinear, LowRankLinear, MagnitudeLinear, OperatorLinear
+from peft.autograd.nodes import LowRankLinear, MagnitudeLinear, NarrowedLinear, OperatorLinear
 from peft.autograd.products import act, linear, narrow, with_operator
-from peft.operators import Bilinear, Diagonal, LowRank, Operator
+from peft.operators import Diagonal, LowRank, Operator
 from peft.operators.base import tensors_of
-from peft.operators.plain import as_operator
 from peft.updates import Add, After, Base, Before, Magnitude, Shift, Update
 
 
@@ -128,7 +127,11 @@ def _low_rank(
     few = small or (dropout is None and beside(x, weight))
     # With or without gradients the same elements drop out: reentrant checkpointing runs both ways.
     if (not few and (torch.is_grad_enabled() or dropout)) or (gain is not None and dropout):
-        factors = op.down, op.up, float(op.scale), Dropout.draw(dropout.p if dropout else 0.0)
+        draw = Dropout.draw(dropout.p if dropout else 0.0)
+        pair = narrowed(op, x) if gain is None else None
+        if pair is not None:
+            return NarrowedLinear.apply(pair[1], draw, x, weight, bias, pair[0], *tensors_of(pair[1]))[0]
+        factors = op.down, op.up, float(op.scale), draw
         if gain is None:
             return LowRankLinear.apply(x, weight, bias, *factors)
         return MagnitudeLinear.apply(x, weight, bias, *factors, gain)
@@ -158,9 +161,9 @@ def _operator(
     """Any other update by an operator, on x (n, in)."""
     small = is_small(x.shape[0] * (weight.shape[0] + weight.shape[1]))
     if not small and (dropout or (torch.is_grad_enabled() and (denser(op, x) or not _lean(op, x, weight)))):
-        if dropout is None and _only_middle(op, x):
-            return _through(x, weight, bias, op)
-        draw = Dropout.draw(dropout.p if dropout else 0.0)
+        draw, pair = Dropout.draw(dropout.p if dropout else 0.0), None if before else narrowed(op, x)
+        if pair is not None:
+            return NarrowedLinear.apply(pair[1], draw, x, weight, bias, pair[0], *tensors_of(pair[1]))[0]
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = x if dropout is None else dropout(x)
     # Several, where methods compute under autocast, or with W.
@@ -176,21 +179,6 @@ def _operator(
     if before:
         return linear(changed.to(x.dtype), weight, bias)
     return linear(x, weight, bias).add_(changed)
-
-
-def _only_middle(op: Operator, x: Tensor) -> TypeGuard[Bilinear]:
-    """Whether only the middle of a product learns and is no wider than x, and a step with the dense form costs more."""
-    if type(op) is not Bilinear or isinstance(op.scale, Tensor) or op.down.requires_grad or op.up.requires_grad:
-        return False
-    dense = 3 * op.flops_dense(x.shape[0]) + op.flops_dense(0)
-    return op.down.shape[0] <= op.down.shape[1] and 2 * op.flops(x.shape[0]) <= dense
-
-
-def _through(x: Tensor, weight: Tensor, bias: Tensor | None, op: Bilinear) -> Tensor:
-    """x Wᵀ + b + op x where `_only_middle` learns: keeps what the middle sees, in place of x."""
-    hidden, middle = FrozenLinear.apply(x, op.down, None), as_operator(op.middle)
-    changed = OperatorLinear.apply(middle, True, None, hidden, op.up, None, *tensors_of(middle))
-    return FrozenLinear.apply(x, weight, bias).add_(changed, alpha=op.scale)
 
 
 def _lean(op: Operator, x: Tensor, weight: Tensor) -> bool:

@@ -12,11 +12,13 @@ from peft.autograd.costs import denser, summed, thin_enough
 from peft.autograd.dropout import Dropout, keep, keep_, kept_in, where
 from peft.autograd.products import (
     act,
+    added,
     again,
     linear,
     narrow,
     pull,
     pull_dense,
+    pulled,
     revived,
     spread,
     thin_grads,
@@ -138,47 +140,6 @@ class MagnitudeLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_down, grad_up, None, None, grad_gain
 
 
-class LowRankOnto(torch.autograd.Function):
-    """y + s B h written over y, its channels second: the second half of a low-rank update of a convolution.
-
-    Shapes: y (n, groups · out, …), contiguous; h (n, groups · r, …); B (groups · out, r).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, hidden: Tensor, up: Tensor, scale: float, groups: int) -> Tensor:
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(hidden, up)
-        ctx.scale, ctx.groups = scale, groups
-        return low_rank_onto(y, hidden, up, scale, groups)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, up = ctx.saved_tensors
-        blocks, wide = _blocks(grad, hidden, up.to(grad.dtype), ctx.groups)
-        grad_hidden = grad_up = None
-        if ctx.needs_input_grad[1]:
-            grad_hidden = (torch.bmm(wide.mT, blocks[0]) * ctx.scale).view(hidden.shape)
-        if ctx.needs_input_grad[2]:
-            each = torch.bmm(blocks[0], blocks[1].mT) * ctx.scale
-            grad_up = each.view(grad.shape[0], *up.shape).sum(0).to(up.dtype)
-        return grad, grad_hidden, grad_up, None, None
-
-
-def low_rank_onto(y: Tensor, hidden: Tensor, up: Tensor, scale: float, groups: int = 1) -> Tensor:
-    """What `LowRankOnto` computes, with no part in any graph."""
-    (over, seen), wide = _blocks(y, hidden, up.to(y.dtype), groups)
-    over.baddbmm_(wide, seen, alpha=scale)
-    return y
-
-
-def _blocks(y: Tensor, hidden: Tensor, up: Tensor, groups: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """A product for each sample and each group: y (n · groups, out, …) and h (n · groups, r, …) in one dimension, and
-    B (n · groups, out, r)."""
-    n, (out, rank) = y.shape[0] * groups, up.shape
-    wide = up.expand(n, out, rank) if groups == 1 else up.view(groups, -1, rank).repeat(y.shape[0], 1, 1)
-    return (y.reshape(n, out // groups, -1), hidden.reshape(n, rank, -1)), wide
-
-
 class OperatorLinear(torch.autograd.Function):
     """x Wᵀ + b + op D(x) for any operator, or W op D(x) + b where the operator comes before the weight.
 
@@ -228,17 +189,73 @@ class OperatorLinear(torch.autograd.Function):
         return None, None, None, grad_x, None, grad_bias, *spread(found, need_parts)
 
 
-class FrozenLinear(torch.autograd.Function):
-    """x Wᵀ + b for a W that is not trained. Keeps W, in the dtype that it has, and nothing else."""
+class NarrowedLinear(torch.autograd.Function):
+    """x Wᵀ + b + rest(D(x) Aᵀ), D a dropout or the identity, where neither W nor A is trained; and D(x) Aᵀ.
+
+    Keeps D(x) Aᵀ in place of x, as an output, so that gradients of gradients reach x by it. Shapes: x (n, in), W
+    (out, in), b (out,) or None, A (k, in); `rest` is an operator (out, k) of the tensors `parts`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return linear(x, weight, bias)
+    def forward(
+        ctx: Any,
+        rest: Operator,
+        dropout: Dropout | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factor: Tensor,
+        *parts: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        hidden = narrow_dropped(x, factor, dropout)
+        ctx.save_for_backward(weight, factor, hidden, *parts)
+        ctx.rest, ctx.dropout = shell(rest), dropout
+        ctx.set_materialize_grads(False)
+        return added(linear(x, weight, bias), rest.to(x.dtype), hidden, True), hidden
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, factor, hidden, *parts = ctx.saved_tensors
+        (grad, back), need_x, need_parts = grads, ctx.needs_input_grad[2], ctx.needs_input_grad[6:]
+        if grad is None:
+            grad_x = widen_dropped(back, factor, ctx.dropout) if need_x and back is not None else None
+            return None, None, grad_x, *[None] * (3 + len(parts))
+        more, found = pulled(ctx.rest, parts, hidden, grad, need_x, need_parts)
+        back = more if back is None or more is None else more + back
+        grad_x = widen_dropped(back, factor, ctx.dropout, (grad, weight)) if need_x and back is not None else None
+        return None, None, grad_x, None, grad.sum(0) if ctx.needs_input_grad[4] else None, None, *found
+
+
+class FrozenNarrow(torch.autograd.Function):
+    """D(x) Aᵀ for a matrix A (k, in) that is not trained, D a dropout or the identity. Keeps A and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, dropout: Dropout | None) -> Tensor:
+        ctx.save_for_backward(factor)
+        ctx.dropout = dropout
+        return narrow_dropped(x, factor, dropout)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grad_x = FrozenLinear.apply(grad, weight.mT, None) if needs[0] else None
-        return grad_x, None, grad.sum(0) if needs[2] else None
+        return widen_dropped(grad, ctx.saved_tensors[0], ctx.dropout), None, None
+
+
+def narrow_dropped(x: Tensor, factor: Tensor, dropout: Dropout | None) -> Tensor:
+    """D(x) Aᵀ for x (n, in) and A (k, in)."""
+    return narrow(kept_in(dropout.mask(x), x), factor).mul_(dropout.gain) if dropout else narrow(x, factor)
+
+
+def widen_dropped(
+    back: Tensor, factor: Tensor, dropout: Dropout | None, base: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The gradient of x, given that of D(x) Aᵀ (n, k); with a `base`, (n, out) and W (out, in), x Wᵀ's as well."""
+    thin, (grad, weight) = factor.to(back.dtype), base or (None, None)
+    if grad is None or weight is None or torch.is_grad_enabled():
+        wide = back @ thin
+        if dropout is not None:
+            wide = where(wide, dropout.mask(wide)) * dropout.gain
+        return wide if grad is None or weight is None else wide + grad @ weight.to(back.dtype)
+    if dropout is None:
+        return (grad @ weight.to(back.dtype)).addmm_(back, thin)
+    wide = back.mul(dropout.gain) @ thin
+    return keep_(wide, dropout.mask(wide)).addmm_(grad, weight.to(back.dtype))

@@ -7,19 +7,18 @@ of the activations, never x to theirs. The layer's weight is not read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.autograd.costs import denser, is_small, thin_enough
-from peft.autograd.dropout import Dropout, keep, keep_, kept_in, where
+from peft.autograd.costs import denser, is_small, narrowed
+from peft.autograd.dropout import Dropout
 from peft.autograd.forms import Form
 from peft.autograd.guards import no_autocast, plain
-from peft.autograd.products import act, again, narrow, pull, revived, spread, thin_grads
+from peft.autograd.over import LowRankOver, OperatorOver, over_narrowed
+from peft.autograd.products import act, plus, product_over
 from peft.operators import LowRank, Operator
-from peft.operators.base import filled, shell
 from peft.updates import Add, Base, Before
 
 
@@ -72,12 +71,15 @@ def _low_rank(y: Tensor, x: Tensor, form: Form, write: bool) -> Tensor:
     rate = form.dropout.p if form.dropout else 0.0
     small = is_small(x.numel() + y.numel())
     if not small and (torch.is_grad_enabled() or rate):
+        pair = narrowed(op, x.reshape(-1, x.shape[-1]))
+        if pair is not None:
+            return over_narrowed(y, x, pair, Dropout.draw(rate), write)
         return LowRankOver.apply(y, x, op.down, op.up, float(op.scale), Dropout.draw(rate), write)
     dtype = op.down.dtype if small else x.dtype
     hidden = F.linear(_dropped(x, form.dropout).to(dtype), op.down.to(dtype))
     if torch.is_grad_enabled():
-        return _sum(y, F.linear(hidden, op.up.to(dtype)), write, float(op.scale))
-    return _product_over(y, hidden.flatten(0, -2), op.up, float(op.scale), write)
+        return plus(y, F.linear(hidden, op.up.to(dtype)), write, float(op.scale))
+    return product_over(y, hidden.flatten(0, -2), op.up, float(op.scale), write)
 
 
 def _operator(y: Tensor | None, x: Tensor, form: Form, write: bool) -> Tensor:
@@ -86,124 +88,16 @@ def _operator(y: Tensor | None, x: Tensor, form: Form, write: bool) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     small = is_small(x.numel() + (x if y is None else y).numel())
     if not small and (form.dropout or (torch.is_grad_enabled() and (denser(op, flat) or not op.keeps(flat)))):
-        draw = Dropout.draw(form.dropout.p if form.dropout else 0.0)
+        draw, pair = Dropout.draw(form.dropout.p if form.dropout else 0.0), None if y is None else narrowed(op, flat)
+        if y is not None and pair is not None:
+            return over_narrowed(y, x, pair, draw, write)
         return OperatorOver.apply(op, draw, y, x, write, *form.parts)
     dtypes = {part.dtype for part in form.parts if part.is_floating_point()}
     dtype = dtypes.pop() if small and len(dtypes) == 1 else x.dtype
     made = act(op.to(dtype), _dropped(flat, form.dropout).to(dtype))
     made = made.view(*x.shape[:-1], made.shape[-1])
-    return made.to(x.dtype) if y is None else _sum(y, made, write)
+    return made.to(x.dtype) if y is None else plus(y, made, write)
 
 
 def _dropped(x: Tensor, dropout: nn.Dropout | None) -> Tensor:
     return x if dropout is None else dropout(x)
-
-
-def _sum(y: Tensor, more: Tensor, write: bool, scale: float = 1.0) -> Tensor:
-    """y + scale · more, in the dtype of y, and over it if `write`."""
-    return y.add_(more, alpha=scale) if write else torch.add(y, more.to(y.dtype), alpha=scale)
-
-
-def _product_over(y: Tensor, hidden: Tensor, up: Tensor, scale: float, write: bool) -> Tensor:
-    """y (…, out) + scale · hidden (n, r) upᵀ, over y if `write`; no gradients."""
-    up = up.to(hidden.dtype)
-    if hidden.dtype != y.dtype:
-        return _sum(y, (hidden @ up.mT).view(y.shape), write, scale)
-    flat = y.reshape(-1, y.shape[-1])
-    if write:
-        flat.addmm_(hidden, up.mT, alpha=scale)
-        return y
-    return torch.addmm(flat, hidden, up.mT, alpha=scale).view(y.shape)
-
-
-class LowRankOver(torch.autograd.Function):
-    """y + s D(x) Aᵀ Bᵀ, D a dropout or the identity; over y if `write`.
-
-    Keeps x for backward, and D(x) Aᵀ where it is small beside x. Shapes: y (…, out), x (…, in), A (r, in), B (out, r).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        down: Tensor,
-        up: Tensor,
-        scale: float,
-        dropout: Dropout | None,
-        write: bool,
-    ) -> Tensor:
-        ctx.scale, ctx.dropout = scale * (dropout.gain if dropout else 1.0), dropout
-        flat = x.reshape(-1, x.shape[-1])
-        hidden = narrow(kept_in(dropout.mask(flat), flat) if dropout else flat, down).mul_(ctx.scale)
-        ctx.save_for_backward(x, down, up, thin_enough(hidden, flat))
-        if write:
-            ctx.mark_dirty(y)
-        return _product_over(y, hidden, up, 1.0, write)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, needs = grads[0], ctx.needs_input_grad
-        x, down, up, hidden = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
-        mask = ctx.dropout.mask(flat) if ctx.dropout else None
-        into = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
-        grad_y = grad if needs[0] else None
-        if torch.is_grad_enabled():
-            thin = F.linear(F.linear(where(flat, mask), down.to(x.dtype)) * ctx.scale, up.to(x.dtype))
-            return grad_y, *again(thin, (x, down, up), needs[1:4], into), None, None, None
-        back, grad_x = narrow(into, up.mT).mul_(ctx.scale), None
-        if needs[1]:
-            grad_x = back @ down.to(x.dtype)
-            grad_x = (grad_x if mask is None else keep_(grad_x, mask)).view(x.shape)
-        seen = flat if mask is None else kept_in(mask, flat)
-        grad_down, grad_up = thin_grads(needs[2:4], seen, back, into, down, up, ctx.scale, hidden)
-        return grad_y, grad_x, grad_down, grad_up, None, None, None
-
-
-class OperatorOver(torch.autograd.Function):
-    """y + op D(x) for any operator, over y if `write`; op D(x) where there is no y.
-
-    Keeps x and the operator's own tensors, and makes the rest again, as `OperatorLinear` does. Shapes: y
-    (…, out), x (…, in).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        op: Operator,
-        dropout: Dropout | None,
-        y: Tensor | None,
-        x: Tensor,
-        write: bool,
-        *parts: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, *parts)
-        ctx.op, ctx.dropout = shell(op), dropout
-        flat = x.reshape(-1, x.shape[-1])
-        made = act(op.to(x.dtype), keep(flat, dropout.mask(flat)) * dropout.gain if dropout else flat)
-        made = made.view(*x.shape[:-1], made.shape[-1])
-        if y is None:
-            return made
-        if write:
-            ctx.mark_dirty(y)
-        return _sum(y, made, write)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, needs, need_parts = grads[0], ctx.needs_input_grad, ctx.needs_input_grad[5:]
-        x, *parts = ctx.saved_tensors
-        flat, dropout = x.reshape(-1, x.shape[-1]), ctx.dropout
-        mask = dropout.mask(flat) if dropout else None
-        into = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
-        grad_y = grad if needs[2] else None
-        if torch.is_grad_enabled():
-            made = act(filled(ctx.op, iter(parts)).to(x.dtype), where(flat, mask) * (dropout.gain if dropout else 1))
-            grad_x, *found = again(made, (x, *parts), (needs[3], *need_parts), into)
-            return None, None, grad_y, grad_x, None, *found
-        acting, wanted = revived(ctx.op, parts, need_parts, x.dtype)
-        seen = keep(flat, mask) * dropout.gain if dropout else flat  # type: ignore[arg-type]
-        back, found = pull(acting, seen, into, wanted, needs[3])
-        if back is not None:
-            back = (keep(back, mask).mul_(dropout.gain) if dropout else back).view(x.shape)
-        return None, None, grad_y, back, None, *spread(found, need_parts)

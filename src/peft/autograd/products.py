@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.autograd.costs import cheaper_whole, denser, summed
-from peft.operators import Operator
-from peft.operators.base import filled
+from peft.operators import Dense, Operator
+from peft.operators.base import filled, narrow
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -20,13 +20,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dtype != dtype:
         weight = weight.to(dtype)
     return F.linear(x, weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype))
-
-
-def narrow(x: Tensor, factor: Tensor) -> Tensor:
-    """x (n, k) times the transpose of a factor (r, k) of few rows."""
-    # oneDNN's 16-bit product is half as fast where the narrow side comes last.
-    factor = factor.to(x.dtype)
-    return (factor @ x.mT).mT if x.element_size() == 2 else F.linear(x, factor)
 
 
 def thin_grads(
@@ -66,6 +59,42 @@ def with_operator(
     if whole:
         return linear(x, op.onto(weight.to(x.dtype)), bias)
     return linear(x, weight, bias).addmm_(seen, op.dense().mT)
+
+
+def plus(y: Tensor, more: Tensor, write: bool, scale: float = 1.0) -> Tensor:
+    """y + scale · more, in the dtype of y, and over it if `write`."""
+    return y.add_(more, alpha=scale) if write else torch.add(y, more.to(y.dtype), alpha=scale)
+
+
+def product_over(y: Tensor, hidden: Tensor, up: Tensor, scale: float, write: bool) -> Tensor:
+    """y (…, out) + scale · hidden (n, r) upᵀ, over y if `write`; no gradients."""
+    up = up.to(hidden.dtype)
+    if hidden.dtype != y.dtype:
+        return plus(y, (hidden @ up.mT).view(y.shape), write, scale)
+    flat = y.reshape(-1, y.shape[-1])
+    if write:
+        flat.addmm_(hidden, up.mT, alpha=scale)
+        return y
+    return torch.addmm(flat, hidden, up.mT, alpha=scale).view(y.shape)
+
+
+def added(y: Tensor, op: Operator, x: Tensor, write: bool) -> Tensor:
+    """y (…, out) + op x for x (n, in) of the operator's dtype, over y if `write`; no gradients."""
+    if isinstance(op, Dense):
+        return product_over(y, x, op.matrix, 1.0, write)
+    return plus(y, act(op, x).view(y.shape), write)
+
+
+def pulled(
+    held: Any, parts: Sequence[Tensor], x: Tensor, grad: Tensor, need_x: bool, needs: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of op x, given the operator's shell and `parts`: that of x, and those of the parts that need one."""
+    if torch.is_grad_enabled():
+        found = again(act(filled(held, iter(parts)).to(x.dtype), x), (x, *parts), (need_x, *needs), grad)
+        return next(found), list(found)
+    acting, wanted = revived(held, parts, needs, x.dtype)
+    back, some = pull(acting, x, grad, wanted, need_x)
+    return back, list(spread(some, needs))
 
 
 def pull(

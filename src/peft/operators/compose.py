@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft.operators.base import Operator, Scale, act, cheapest, expect, gemm, scaled
+from peft.operators.plain import Dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,11 @@ class Product(Operator):
         # a row of right.T is a column of right: `left` acts on it without being built
         return act(self.left, self.right.dense().mT).mT
 
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        if type(self.left) is not Dense or self.left.matrix.requires_grad:
+            return None
+        return self.right.pull(x, grad @ self.left.matrix, need_x)  # what comes after it need not be made again
+
     def columns(self, index: Tensor) -> Tensor:
         return act(self.left, self.right.columns(index))
 
@@ -126,6 +132,9 @@ class Scaled(Operator):
 
     def dense(self) -> Tensor:
         return scaled(self.op.dense(), self.scale)
+
+    def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        return None if isinstance(self.scale, Tensor) else self.op.pull(x, scaled(grad, self.scale), need_x)
 
     def columns(self, index: Tensor) -> Tensor:
         return scaled(self.op.columns(index), self.scale)

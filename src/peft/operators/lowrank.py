@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.operators.base import Operator, Scale, Transposed, act, cheapest, expect, gemm, picked, scaled
-from peft.operators.plain import Diagonal, as_operator
+from peft.operators.compose import Product, Scaled
+from peft.operators.plain import Dense, Diagonal, as_operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,10 @@ class LowRank(Operator):
     @property
     def T(self) -> Operator:
         return LowRank(self.up.mT, self.down.mT, self.scale) if self.groups == 1 else Transposed(self)
+
+    def narrowed(self) -> tuple[Tensor, Operator] | None:
+        learns = self.down.requires_grad or self.groups > 1
+        return None if learns else (self.down, Dense(scaled(self.up, self.scale)))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         up = self.up if self.groups == 1 else torch.block_diag(*self.up.chunk(self.groups))
@@ -151,6 +156,12 @@ class Bilinear(Operator):
         middle = self.middle.T if isinstance(self.middle, Operator) else self.middle.mT
         return Bilinear(self.up.mT, middle, self.down.mT, self.scale)
 
+    def narrowed(self) -> tuple[Tensor, Operator] | None:
+        if self.down.requires_grad:
+            return None
+        rest = Product(Dense(self.up), as_operator(self.middle))
+        return self.down, Scaled(rest, self.scale)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return self._low_rank().factors()
 
@@ -201,6 +212,10 @@ class DiagonalLowRank(Operator):
 
     def columns(self, index: Tensor) -> Tensor:
         return self._up(picked(self.down, index))
+
+    def narrowed(self) -> tuple[Tensor, Operator] | None:
+        rest = Product(Product(Diagonal(self.b), Dense(self.up)), Diagonal(self.d))
+        return None if self.down.requires_grad else (self.down, rest)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.b[:, None] * self.up * self.d, self.down

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft.operators.base import Operator
+from peft.operators.base import Operator, narrow
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Dense(Operator):
         return self.matrix
 
     def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        return grad @ self.matrix.detach() if need_x else None, self.matrix, grad.mT @ x
+        return narrow(grad, self.matrix.detach().mT) if need_x else None, self.matrix, (x.mT @ grad).mT
 
     @property
     def T(self) -> Dense:

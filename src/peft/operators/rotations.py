@@ -63,16 +63,18 @@ def neumann(q: Tensor, terms: int = 5) -> Tensor:
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms <= 2:
         return eye + (q if terms == 2 else 2 * q)
-    # By Horner's rule: I + 2Q (I + Q (... (I + Q / 2))).
-    inner = torch.add(eye, q, alpha=0.5)
-    plus = torch.baddbmm if q.dim() == 3 else _baddmm
-    for _ in range(terms - 3):
-        inner = plus(eye, q, inner)
-    return plus(eye, q, inner, alpha=2)
+    # By Horner's rule in Q², which takes half of the products: (I + 2Q) + Q² ((2I + 2Q) + Q² (...)).
+    square, last = q @ q, terms - 1
+    inner = _line(eye, q, last - 1, last) if last % 2 else _line(eye, q, last - 2, last).add_(square)
+    for power in range(last - 3 - (last + 1) % 2, -1, -2):
+        line = _line(eye, q, power, last)
+        inner = torch.baddbmm(line, square, inner) if q.dim() == 3 else line + square @ inner
+    return inner
 
 
-def _baddmm(x: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
-    return torch.add(x, a @ b, alpha=alpha)
+def _line(eye: Tensor, q: Tensor, power: int, last: int) -> Tensor:
+    """The terms of the series in Q^power and the next, without what they share."""
+    return torch.add(2 * eye if power else eye, q, alpha=1 if power + 1 == last else 2)
 
 
 @dataclass(frozen=True, eq=False)
