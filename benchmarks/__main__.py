@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import report
 from benchmarks.cases import CASES
-from benchmarks.sides import ROOT, Result, measure, open_sides
+from benchmarks.sides import ALLOCATORS, ROOT, Result, Setting, measure, open_sides
 
 
 def main() -> None:
@@ -29,6 +30,12 @@ def main() -> None:
         default="cpu",
         help="time of the processor, which other programs don't disturb, or of the wall (default: cpu)",
     )
+    parser.add_argument(
+        "--allocator",
+        choices=list(ALLOCATORS),
+        default="kept",
+        help="glibc's settings in both processes: keep memory once taken, or its own choice (default: kept)",
+    )
     parser.add_argument("--out", type=Path, help="folder to write to; docs/ is only rewritten with --out docs")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     args = parser.parse_args()
@@ -36,31 +43,32 @@ def main() -> None:
     if args.list or not wanted:
         print("\n".join(c.key for c in wanted) or f"no case matches {args.patterns}; groups: {', '.join(groups)}")
         return
+    setting = Setting(args.clock, args.threads, args.allocator)
     results: list[Result] = []
     group, sides = "", {}
     for case in wanted:
         if case.group != group:
             for side in sides.values():
                 side.close()
-            write(args, results)
-            group, sides = case.group, open_sides(args.clock, args.threads)
-        results.append(measure(case, args.rounds, args.clock, args.threads, sides))
+            write(args.out, args.rounds, setting, results)
+            group, sides = case.group, open_sides(setting)
+        results.append(measure(case, args.rounds, sides))
         print(report.line(results[-1]), flush=True)
     for side in sides.values():
         side.close()
-    write(args, results)
+    write(args.out, args.rounds, setting, results)
 
 
-def write(args: argparse.Namespace, results: list[Result]) -> None:
+def write(out: Path | None, rounds: int, setting: Setting, results: list[Result]) -> None:
     """Write what is there so far."""
     if not results:
         return
-    setting = {**report.machine(), "rounds": args.rounds, "threads": args.threads, "clock": args.clock}
-    out = args.out or ROOT / "benchmarks" / "out"
+    where = {**report.machine(), "rounds": rounds, **asdict(setting)}
+    out = out or ROOT / "benchmarks" / "out"
     out.mkdir(parents=True, exist_ok=True)
-    numbers = {"setting": setting, "results": [r.to_dict() for r in results]}
+    numbers = {"setting": where, "results": [r.to_dict() for r in results]}
     (out / "benchmarks.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    report.write(out, setting, results)
+    report.write(out, where, results)
     print(f"written to {out}", flush=True)
 
 

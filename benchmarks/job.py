@@ -11,6 +11,10 @@ from typing import Any
 Clock = Callable[[], float]
 
 
+def _nothing() -> None:
+    """Nothing is used up, and so no model is thrown away: what is left is young, and looking for it takes no time."""
+
+
 @dataclass
 class Job:
     """A piece of work.
@@ -22,19 +26,25 @@ class Job:
         frozen: Tensors that are there anyway (weights): they don't count as kept for backward.
         forward: For steps that have a backward: the part before it, so that what it keeps can be counted.
         device: Where it runs. On an accelerator the time is that of the wall, until all work there is done.
+        seconds: For work in a process of its own: does it, and says how long it took.
+        counts: Likewise: does it, and says what is counted.
     """
 
     run: Callable[[Any], Any]
-    prepare: Callable[[], Any] = lambda: None
+    prepare: Callable[[], Any] = _nothing
     repeats: int = 1
     frozen: list[Any] = field(default_factory=list)
     forward: Callable[[], Any] | None = None
     device: str = "cpu"
+    seconds: Callable[[], float] | None = None
+    counts: Callable[[], dict[str, int]] | None = None
 
     def sample(self, clock: Clock) -> float:
         """Seconds of one run."""
+        if self.seconds is not None:
+            return self.seconds()
         prepared = [self.prepare() for _ in range(self.repeats)]
-        gc.collect()  # or a sample pays for what the one before left
+        gc.collect(1 if self.prepare is _nothing else 2)  # or a sample pays for what the one before left
         wait, clock = _waiting(self.device, clock)
         wait()
         start = clock()
@@ -64,7 +74,6 @@ class Case:
     name: str
     make: Callable[[str], Job]
     floor: bool = False
-    counted: bool = False
     rounds: int | None = None
     """At most so many samples, for what takes long."""
 

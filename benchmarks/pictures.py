@@ -19,11 +19,8 @@ def draw(out: Path, results: list[Result]) -> list[tuple[str, str]]:
     if layers:
         _save(out / "benchmarks-layer.svg", lambda: _layers(layers))
         made.append(("benchmarks-layer.svg", "Forward and backward of one layer, as multiples of the frozen layer"))
-    rest = [
-        r
-        for r in results
-        if r.group not in ("layer", "shapes", "other layers", "quantised", "model") and r.ratio("reference")
-    ]
+    detailed = ("layer", "shapes", "other layers", "quantised", "model", "small model")
+    rest = [r for r in results if r.group not in detailed and "cuda" not in r.group and r.ratio("reference")]
     if rest:
         _save(out / "benchmarks-rest.svg", lambda: _speedups(rest))
         made.append(

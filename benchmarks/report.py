@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cases import SKIPPED
+from benchmarks.cases import ABOUT, SKIPPED
 from benchmarks.sides import Result
 
 GOALS = {
@@ -78,6 +79,14 @@ keep a second copy of it.
 """
 
 
+ALLOCATION = {
+    "kept": "Both processes keep the memory that they have taken (`MALLOC_TRIM_THRESHOLD_` of 256 MiB, "
+    "`MALLOC_MMAP_THRESHOLD_` of 32 MiB): by default glibc gives it back or not depending on what else lies on the "
+    "heap, and fresh memory is slow.",
+    "default": "Memory is given back as glibc pleases.",
+}
+
+
 def machine() -> dict[str, str]:
     """What the numbers were taken on."""
     return {
@@ -87,6 +96,7 @@ def machine() -> dict[str, str]:
             (text.split(":")[1].strip() for text in _cpuinfo() if text.startswith("model name")), platform.processor()
         ),
         "bf16 GEMM": torch.backends.cpu.get_cpu_capability(),
+        **({"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 
@@ -145,8 +155,10 @@ def tables(setting: dict[str, Any], results: list[Result]) -> str:
     """The report in Markdown."""
     lines = ["# Benchmarks", "", _preface(setting), ""]
     for group in dict.fromkeys(r.group for r in results):
-        lines += [f"## {group}", "", *_times([r for r in results if r.group == group]), ""]
-        counted = [r for r in results if r.group == group and "ours" in r.counts and "reference" in r.counts]
+        members = [r for r in results if r.group == group]
+        about = [ABOUT[group], ""] if group in ABOUT else []
+        lines += [f"## {group}", "", *about, *_times(members), ""]
+        counted = [r for r in members if "ours" in r.counts and "reference" in r.counts]
         if counted:
             lines += [*_counts(counted), ""]
     lines += _bounds(results)
@@ -181,7 +193,10 @@ def _preface(setting: dict[str, Any]) -> str:
     return (
         "Written by `make bench ARGS='--out docs'`. Both libraries run in processes of their own and are sampled in "
         "turns. A ratio is our median over the other's, with the middle half of the ratios of single rounds in "
-        "parentheses: below 1 is faster than the reference. The floor is the same work without an adapter.\n\n"
+        "parentheses: below 1 is faster than the reference. The floor is the same work without an adapter. Counts are "
+        "of one run, the same in every one: operators are those that compute (views don't), and files are what Python "
+        "and safetensors open for reading.\n\n"
+        f"{ALLOCATION[setting.get('allocator', 'default')]}\n\n"
         f"{where[0].upper()}{where[1:]}."
     )
 
@@ -196,26 +211,46 @@ def _times(results: list[Result]) -> list[str]:
     return _table(head, rows)
 
 
+COUNTS: dict[str, tuple[str, Callable[[int], str]]] = {
+    "peak": ("peak", size),
+    "allocations": ("allocations", str),
+    "operators": ("operators", str),
+    "kernels": ("kernels", str),
+    "flops": ("GFLOP", lambda value: f"{value / 1e9:.3g}"),
+    "files": ("files read", str),
+    "opens": ("times opened", str),
+}
+"""What is counted beside the bytes kept for backward: its name in tables, and how it is written."""
+
+
 def _counts(results: list[Result]) -> list[str]:
-    head = [
-        "case", "kept for backward above the floor", "reference", "ratio",
-        "peak", "reference", "allocations", "reference", "GFLOP", "reference",
-    ]  # fmt: skip
+    """What is counted, without the columns in which all is nothing."""
+    sides = [side for r in results for side in (r.counts["ours"], r.counts["reference"])]
+    shown = [key for key in COUNTS if any(side.get(key) for side in sides)]
+    saved = any("saved" in side for side in sides)
+    if not shown and not saved:
+        return []
+    head = ["case"] + (["kept for backward above the floor", "reference", "ratio"] if saved else [])
+    head += [name for key in shown for name in (COUNTS[key][0], "reference")]
     rows = []
     for r in results:
-        ours, other, floor = r.counts["ours"], r.counts["reference"], r.counts.get("floor", {})
-        base = floor.get("saved", 0)
-        mine, theirs = ours.get("saved", 0) - base, other.get("saved", 0) - base
-        goal = SAVED_GOALS.get(f"{r.group}/{r.name}")
-        ratio = f"{mine / theirs:.2f}" + (f", goal {goal:g}" if goal else "") if theirs > 0 else "—"
-        rows.append(
-            [
-                *(r.name, size(mine), size(theirs), ratio, size(ours["peak"]), size(other["peak"])),
-                *(str(ours["allocations"]), str(other["allocations"])),
-                *(f"{ours['flops'] / 1e9:.3g}", f"{other['flops'] / 1e9:.3g}"),
-            ]
-        )
+        cells = [r.name, *(_saved(r) if saved else [])]
+        for key in shown:
+            write = COUNTS[key][1]
+            cells += [write(r.counts[s][key]) if key in r.counts[s] else "—" for s in ("ours", "reference")]
+        rows.append(cells)
     return _table(head, rows)
+
+
+def _saved(result: Result) -> list[str]:
+    """Bytes kept for backward that the frozen layer or model doesn't keep."""
+    kept = [result.counts.get(side, {}).get("saved") for side in ("ours", "reference", "floor")]
+    if kept[0] is None or kept[1] is None:
+        return ["—"] * 3
+    mine, theirs = (value - (kept[2] or 0) for value in (kept[0], kept[1]))
+    goal = SAVED_GOALS.get(f"{result.group}/{result.name}")
+    ratio = f"{mine / theirs:.2f}" + (f", goal {goal:g}" if goal else "") if theirs > 0 else "—"
+    return [size(mine), size(theirs), ratio]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -15,6 +15,24 @@ from tests.reference.install import ROOT, ensure_reference
 
 from benchmarks.job import Case
 
+ALLOCATORS = {
+    "kept": {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)},
+    "default": {},
+}
+"""Settings of glibc's allocator: "kept" gives no buffer of up to 32 MiB back while less than 256 MiB are free.
+
+By default it gives buffers back or keeps them depending on what else lies on the heap, and fresh memory is slow.
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How both libraries are run: the clock, torch's threads, the allocator."""
+
+    clock: str
+    threads: int
+    allocator: str
+
 
 class SideError(RuntimeError):
     """A library could not do a case; the last line says why."""
@@ -23,14 +41,15 @@ class SideError(RuntimeError):
 class Side:
     """One library in a worker process."""
 
-    def __init__(self, folder: Path, clock: str, threads: int) -> None:
+    def __init__(self, folder: Path, setting: Setting) -> None:
         self.folder = folder
         added = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         others = [path for path in added if not Path(path, "peft").is_dir()]  # but neither library
         paths = os.pathsep.join([str(folder), str(ROOT), *others])
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}
+        threads = str(setting.threads)
+        environment = {**os.environ, **ALLOCATORS[setting.allocator], "PYTHONPATH": paths, "OMP_NUM_THREADS": threads}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", clock, str(threads)],
+            [sys.executable, "-m", "benchmarks.worker", setting.clock, threads],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -95,7 +114,7 @@ class Result:
         return asdict(self)
 
 
-def measure(case: Case, rounds: int, clock: str, threads: int, sides: dict[str, Side]) -> Result:
+def measure(case: Case, rounds: int, sides: dict[str, Side]) -> Result:
     """Sample a case in turns; what a side can't do is noted and left out."""
     result = Result(case.group, case.name)
     wanted = {"ours": "ours", "reference": "reference", **({"floor": "ours"} if case.floor else {})}
@@ -108,7 +127,7 @@ def measure(case: Case, rounds: int, clock: str, threads: int, sides: dict[str, 
     for turn in range(min(rounds, case.rounds or rounds)):
         for side in ready if turn % 2 else reversed(ready):
             result.seconds.setdefault(side, []).append(sides[wanted[side]].ask("sample", case.key, side))
-    for side in ready if case.counted else ():
+    for side in ready:
         try:
             result.counts[side] = sides[wanted[side]].ask("count", case.key, side)
         except SideError as error:
@@ -118,6 +137,6 @@ def measure(case: Case, rounds: int, clock: str, threads: int, sides: dict[str, 
     return result
 
 
-def open_sides(clock: str, threads: int) -> dict[str, Side]:
+def open_sides(setting: Setting) -> dict[str, Side]:
     """Both libraries, each in a process of its own."""
-    return {"ours": Side(ROOT / "src", clock, threads), "reference": Side(ensure_reference(), clock, threads)}
+    return {"ours": Side(ROOT / "src", setting), "reference": Side(ensure_reference(), setting)}
