@@ -205,7 +205,7 @@ class AdaptedLayer(AdapterHolder):
                 if y is not None:
                     return y
             if host.opaque and host.on_input and autograd.can_fuse(host.module) and plan.form is not None:
-                y = overlay.run(plan.form, call, x, call.run_merged if on_merged else call.run, host.fresh)
+                y = overlay.run(plan.form, call, x, call.run_merged if on_merged and merged else call.run, host.fresh)
                 if y is not None:
                     return y
         if not host.factored or x.is_nested or not all(_runs(u, host) for u in updates):

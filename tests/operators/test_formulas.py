@@ -108,6 +108,10 @@ def test_skew_cayley_and_neumann() -> None:
     series = eye + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
     assert_is(ops.Neumann(packed, 4, 2), torch.block_diag(*series))
     torch.testing.assert_close(ops.neumann(q, 40), ops.cayley(-q))
+    for terms in range(2, 9):
+        series = sum((torch.linalg.matrix_power(q, k) for k in range(1, terms - 1)), start=0 * q)
+        expected = eye + (2 * series + torch.linalg.matrix_power(q, terms - 1) if terms > 2 else q)
+        torch.testing.assert_close(ops.neumann(q, terms), expected)
 
 
 def test_butterfly_is_the_product_of_permuted_blocks_the_first_acting_first() -> None:

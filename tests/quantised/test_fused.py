@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft
-from peft.autograd import costs, overlay
+from peft.autograd import Dropout, costs, overlay
+from peft.autograd.dropout import where
 from peft.hosts import host_class
 from peft.hosts.opaque import SelfRunLinearHost
 from peft.testing import Holder, SelfRun, close
@@ -20,6 +21,10 @@ CONFIGS = {
     "LoRA": lambda: peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False),
     "LoRA, dropout": lambda: peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False, lora_dropout=0.3),
     "LoRA, bias": lambda: peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False, lora_bias=True),
+    "DoRA": lambda: peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False, use_dora=True),
+    "DoRA, dropout": lambda: peft.LoraConfig(
+        r=2, target_modules=["layer"], init_lora_weights=False, use_dora=True, lora_dropout=0.3
+    ),
     "LoHa": lambda: peft.LoHaConfig(r=2, target_modules=["layer"], init_weights=False),
     "LoKr": lambda: peft.LoKrConfig(r=2, target_modules=["layer"], init_weights=False),
     "HRA": lambda: peft.HRAConfig(r=2, target_modules=["layer"]),
@@ -107,6 +112,24 @@ def test_dropout_leaves_the_mean_and_falls_out_alike_in_backward(kind, monkeypat
     close(F.linear(x * kept, delta), seen, 1e-9, "dropout")
     assert 0.6 < (kept > 0.5).double().mean() < 0.8
     assert abs(kept.mean() - 1) < 0.1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [SelfRun, Own])
+@pytest.mark.parametrize("name", ["LoRA, dropout", "DoRA, dropout"])
+def test_dropout_equals_the_plain_path_on_the_same_mask(name, kind, bias, monkeypatch):
+    monkeypatch.setattr(costs, "SMALL", 0)
+    model = adapted(CONFIGS[name](), kind(12, 8, bias=bias)).train()
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    found = step(model, x)
+
+    def same(module: nn.Dropout, x: Tensor) -> Tensor:
+        drawn = Dropout.draw(module.p)
+        assert drawn is not None
+        return where(x, drawn.mask(x)) * drawn.gain
+
+    monkeypatch.setattr(nn.Dropout, "forward", same)
+    assert_close(found, step(model, x, fused=False), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["LoRA", "LoHa", "TinyLoRA"])
