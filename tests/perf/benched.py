@@ -46,13 +46,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     set_up("standin")
     failures = {}
-    some = [c for c in CASES.values() if "fp32" not in c.name and f"{c.key}, dropout" not in CASES]
+    # of one kind the one that does most; torch aborts where backward runs forward again on a device written in Python
+    done = ("fp32", "checkpointing")
+    some = [c for c in CASES.values() if f"{c.key}, dropout" not in CASES and not any(word in c.name for word in done)]
     for case, side in [*((c, "ours") for c in some), *((c, "floor") for c in KINDS.values() if c.floor)]:
         try:
             with Mode():
                 job = small(case, "standin")(side)
-                if "checkpointing" not in case.name:  # torch aborts: its backward can't be run again on the stand-in
-                    job.run(job.prepare())
+                job.run(job.prepare())
                 found = [] if job.forward is None else [job.forward()]
                 assert all(tensor.device.type == "standin" for tensor in [*job.frozen, *found])
         except Exception as error:
