@@ -178,7 +178,8 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. `adapter_names`, one per sample (`"__base__"`: none), mixes adapters in the batch."""
-        if self.training and not self._trains:
+        # Compiled code looks once, while it is traced: it would be compiled anew for what changes in a look.
+        if self.training and (torch.compiler.is_compiling() or not self._trains):
             self._demand_training(args, kwargs)
         with self._routed(kwargs):
             if self._prompting():
@@ -287,7 +288,8 @@ class PeftModel(nn.Module):
             )
         given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         if any(p.requires_grad for p in self.parameters()) or any(t.requires_grad for t in given):
-            self._trains = True
+            if not torch.compiler.is_compiling():
+                self._trains = True
             return
         loaded = [name for name, config in self.peft_config.items() if config.inference_mode]
         why = (

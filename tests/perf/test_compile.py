@@ -48,6 +48,16 @@ def test_one_graph_per_adapter_and_no_breaks(dora):
     assert graphs() == 2
 
 
+def test_training_is_compiled_once():
+    model = get_peft_model(build("llama"), lora(lora_dropout=0.1)).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for between in (lambda: None, lambda: model(**example("llama")), model.train, lambda: model.eval().train()):
+        compiled(**example("llama")).logits.sum().backward()
+        between()
+    compiled(**example("llama")).logits.sum().backward()
+    assert graphs() == 1
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Adapters of several ranks and scalings: {folder: logits of the model with it}."""
