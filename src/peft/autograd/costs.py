@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peft.operators import Operator
-from peft.operators.base import SMALL
+from peft.operators.base import SMALL, gemm
 
 _BESIDE = 16
 """How many times the elements of input and output a weight has that they are little beside."""
@@ -47,8 +47,8 @@ def denser(op: Operator, x: Tensor) -> bool:
         return op.brief
     if op.rounds and x.element_size() == 2:
         return True
-    build = op.flops_dense(0)
-    return 4 * op.flops(tokens) > 3 * op.flops_dense(tokens) + build
+    runs = 2 if op.keeps(x) else 4  # what is kept for backward does not run again
+    return runs * op.flops(tokens) > 3 * op.flops_dense(tokens) + op.flops_dense(0)
 
 
 def cheaper_whole(op: Operator, x: Tensor) -> bool:
@@ -64,10 +64,13 @@ def summed(op: Operator, x: Tensor, dropped: bool) -> bool:
     return not dropped and (x.element_size() >= 4 or op.rounds)
 
 
-def narrowed(op: Operator, x: Tensor) -> tuple[Tensor, Operator] | None:
+def narrowed(op: Operator, x: Tensor, dropped: bool) -> tuple[Tensor, Operator] | None:
     """The parts of an operator whose first one is not trained and no wider than x, unless the dense form costs less."""
-    found = op.narrowed() if torch.is_grad_enabled() else None
-    if found is None or found[0].shape[0] > found[0].shape[1]:
+    parts = op.narrowed() if torch.is_grad_enabled() else None
+    if parts is None or parts[0].shape[0] > parts[0].shape[1]:
         return None
-    dense = 3 * op.flops_dense(x.shape[0]) + op.flops_dense(0)
-    return found if 2 * op.flops(x.shape[0]) <= dense else None
+    (first, rest), tokens = parts, x.shape[0]
+    whole = 3 * op.flops_dense(tokens) + op.flops_dense(0)
+    if summed(op, x, dropped):
+        whole -= 2 * gemm(tokens, *op.shape)  # W need not run beside it
+    return parts if 2 * gemm(tokens, *first.shape) + 3 * rest.flops(tokens) <= whole else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft.autograd.costs import beside, denser, is_small, narrowed
 from peft.autograd.dropout import Dropout
 from peft.autograd.guards import computes_in, no_autocast, plain
-from peft.autograd.nodes import LowRankLinear, MagnitudeLinear, NarrowedLinear, OperatorLinear
+from peft.autograd.nodes import Dropped, LowRankLinear, MagnitudeLinear, NarrowedLinear, OperatorLinear
 from peft.autograd.products import act, linear, narrow, with_operator
 from peft.operators import Diagonal, LowRank, Operator
 from peft.operators.base import tensors_of
@@ -128,7 +128,7 @@ def _low_rank(
     # With or without gradients the same elements drop out: reentrant checkpointing runs both ways.
     if (not few and (torch.is_grad_enabled() or dropout)) or (gain is not None and dropout):
         draw = Dropout.draw(dropout.p if dropout else 0.0)
-        pair = narrowed(op, x) if gain is None else None
+        pair = narrowed(op, x, dropout is not None) if gain is None else None
         if pair is not None:
             return NarrowedLinear.apply(pair[1], draw, x, weight, bias, pair[0], *tensors_of(pair[1]))[0]
         factors = op.down, op.up, float(op.scale), draw
@@ -160,12 +160,13 @@ def _operator(
 ) -> Tensor:
     """Any other update by an operator, on x (n, in)."""
     small = is_small(x.shape[0] * (weight.shape[0] + weight.shape[1]))
-    if not small and (dropout or (torch.is_grad_enabled() and (denser(op, x) or not _lean(op, x, weight)))):
-        draw, pair = Dropout.draw(dropout.p if dropout else 0.0), None if before else narrowed(op, x)
+    draw = Dropout.draw(dropout.p if dropout and not small else 0.0)
+    if not small and (torch.is_grad_enabled() or draw) and (denser(op, x) or not _lean(op, x, weight)):
+        pair = None if before else narrowed(op, x, dropout is not None)
         if pair is not None:
             return NarrowedLinear.apply(pair[1], draw, x, weight, bias, pair[0], *tensors_of(pair[1]))[0]
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
-    seen = x if dropout is None else dropout(x)
+    seen = Dropped.apply(x, draw) if draw else dropout(x) if dropout else x
     # Several, where methods compute under autocast, or with W.
     dtypes = {part.dtype for part in parts if part.is_floating_point()}
     wide = x.dtype
@@ -182,5 +183,5 @@ def _operator(
 
 
 def _lean(op: Operator, x: Tensor, weight: Tensor) -> bool:
-    """Whether nodes of torch's own, running the operator on x, keep little for backward."""
+    """Whether nodes of torch's own run the operator on x: they keep little for backward, or what is worth keeping."""
     return op.keeps(x) or beside(x, weight)

@@ -175,14 +175,15 @@ class OperatorLinear(torch.autograd.Function):
             return None, None, None, *again(y, (x, weight, None, *parts), (needs[3], False, False, *need_parts), grad)
         seen = keep(x, mask) * dropout.gain if dropout else x
         acting, wanted = revived(ctx.op, parts, need_parts, x.dtype)
-        if not before and denser(acting, x) and summed(acting, x, dropout is not None):
+        dense = denser(acting, x)
+        if not before and dense and summed(acting, x, dropout is not None):
             grad_x = grad @ acting.onto(weight.to(x.dtype)) if needs[3] else None
             found = pull_dense(acting, x, grad, wanted)
             return None, None, None, grad_x, None, grad_bias, *spread(found, need_parts)
         base = grad @ weight.to(x.dtype) if needs[3] or before else None
         into = base if before else grad
         assert into is not None
-        back, found = pull(acting, seen, into, wanted, needs[3])
+        back, found = pull(acting, seen, into, wanted, needs[3], dense)
         if needs[3] and dropout:
             back = keep(back, mask).mul_(dropout.gain)  # type: ignore[union-attr]
         grad_x = None if not needs[3] else back if before else base.add_(back)  # type: ignore[union-attr]
@@ -238,6 +239,20 @@ class FrozenNarrow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return widen_dropped(grad, ctx.saved_tensors[0], ctx.dropout), None, None
+
+
+class Dropped(torch.autograd.Function):
+    """D(x). Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropout: Dropout) -> Tensor:
+        ctx.dropout = dropout
+        return kept_in(dropout.mask(x), x).mul_(dropout.gain)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask, gain = ctx.dropout.mask(grad), ctx.dropout.gain
+        return (where(grad, mask) * gain if torch.is_grad_enabled() else kept_in(mask, grad).mul_(gain)), None
 
 
 def narrow_dropped(x: Tensor, factor: Tensor, dropout: Dropout | None) -> Tensor:

@@ -108,20 +108,6 @@ class OperatorOver(torch.autograd.Function):
         return None, None, grad_y, back, None, *spread(found, need_parts)
 
 
-class Dropped(torch.autograd.Function):
-    """D(x). Keeps nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: Dropout) -> Tensor:
-        ctx.dropout = dropout
-        return kept_in(dropout.mask(x), x).mul_(dropout.gain)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, gain = ctx.dropout.mask(grad), ctx.dropout.gain
-        return (where(grad, mask) * gain if torch.is_grad_enabled() else kept_in(mask, grad).mul_(gain)), None
-
-
 def over_narrowed(
     y: Tensor, x: Tensor, parts: tuple[Tensor, Operator], dropout: Dropout | None, write: bool = True
 ) -> Tensor:

@@ -16,7 +16,8 @@ from peft.autograd.costs import denser, is_small, narrowed
 from peft.autograd.dropout import Dropout
 from peft.autograd.forms import Form
 from peft.autograd.guards import no_autocast, plain
-from peft.autograd.over import Dropped, LowRankOver, OperatorOver, over_narrowed
+from peft.autograd.nodes import Dropped
+from peft.autograd.over import LowRankOver, OperatorOver, over_narrowed
 from peft.autograd.products import act, plus, product_over
 from peft.operators import LowRank, Operator
 from peft.updates import Add, Base, Before
@@ -73,7 +74,7 @@ def _low_rank(y: Tensor, x: Tensor, form: Form, write: bool, dropout: Dropout | 
     op: LowRank = form.op
     small = is_small(x.numel() + y.numel())
     if dropout or (not small and (torch.is_grad_enabled() or form.dropout)):
-        dropout, pair = dropout or _draw(form), narrowed(op, x.reshape(-1, x.shape[-1]))
+        dropout, pair = dropout or _draw(form), narrowed(op, x.reshape(-1, x.shape[-1]), True)
         if pair is not None:
             return over_narrowed(y, x, pair, dropout, write)
         return LowRankOver.apply(y, x, op.down, op.up, float(op.scale), dropout, write)
@@ -102,7 +103,7 @@ def _operator(y: Tensor | None, x: Tensor, form: Form, write: bool) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     small = is_small(x.numel() + (x if y is None else y).numel())
     if not small and (form.dropout or (torch.is_grad_enabled() and (denser(op, flat) or not op.keeps(flat)))):
-        draw, pair = _draw(form), None if y is None else narrowed(op, flat)
+        draw, pair = _draw(form), None if y is None else narrowed(op, flat, True)
         if y is not None and pair is not None:
             return over_narrowed(y, x, pair, draw, write)
         return OperatorOver.apply(op, draw, y, x, write, *form.parts)

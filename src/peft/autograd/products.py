@@ -98,17 +98,18 @@ def pulled(
 
 
 def pull(
-    op: Operator, x: Tensor, grad: Tensor, wanted: list[Tensor], need_x: bool
+    op: Operator, x: Tensor, grad: Tensor, wanted: list[Tensor], need_x: bool, dense: bool | None = None
 ) -> tuple[Tensor | None, Sequence[Tensor]]:
-    """Gradients of op x: that of x, and those of the tensors the operator is made of."""
-    if denser(op, x):
+    """Gradients of op x: that of x, and those of the tensors the operator is made of; by its dense form if `dense`
+    (None: where that costs less)."""
+    if denser(op, x) if dense is None else dense:
         with torch.no_grad():
             back = grad @ op.dense() if need_x else None
         return back, pull_dense(op, x, grad, wanted)
     with torch.enable_grad():
         pulled = op.pull(x, grad, need_x)
         if pulled is not None:
-            return pulled[0], torch.autograd.grad(*_sources(pulled[1:], wanted)) if wanted else ()
+            return pulled[0], _through(*pulled[1:], wanted)
         inner = x.detach().requires_grad_(need_x and not op.by_adjoint)
         y = op.apply(inner) if wanted or inner.requires_grad else None
     if op.by_adjoint:
@@ -125,12 +126,16 @@ def pull_dense(op: Operator, x: Tensor, grad: Tensor, wanted: list[Tensor]) -> S
     if not wanted:
         return ()
     with torch.enable_grad():
-        return torch.autograd.grad(*_sources(op.pull_dense(grad.mT @ x), wanted))
+        return _through(*op.pull_dense(grad.mT @ x), wanted)
 
 
-def _sources(pulled: tuple[Tensor, Tensor], wanted: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Arguments of `torch.autograd.grad`, given a tensor on the way and its gradient."""
-    return pulled[0], wanted, pulled[1]
+def _through(way: Any, grad: Any, wanted: list[Tensor]) -> Sequence[Tensor]:
+    """The gradients that are wanted, given a tensor (or several) on the way and its gradient."""
+    if not wanted:
+        return ()
+    if len(wanted) == 1 and way is wanted[0] and grad.dtype == way.dtype:
+        return (grad,)
+    return torch.autograd.grad(way, wanted, grad)
 
 
 def again(y: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor) -> Iterator[Tensor | None]:

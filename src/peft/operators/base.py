@@ -92,7 +92,7 @@ class Operator:
         return weight + self.dense()
 
     def keeps(self, x: Tensor) -> bool:
-        """Whether what differentiating `apply` keeps is thin beside x, so that running `apply` again saves little."""
+        """Whether what differentiating `apply` keeps is thin beside x, or takes too long to make again."""
         return False
 
     def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
