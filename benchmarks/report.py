@@ -59,9 +59,8 @@ keep a second copy of it.
 * **FRoD** runs W and its update, 4.5 products with matrices of W's size where the reference runs 2.5: that one drops W
   for U λ₀ Vᵀ, which is W only to rounding (0.4 % of the output in 16 bits, before any training).
 * **Merging** puts new parameters in place of the old and keeps those, so that unmerging restores every bit; the
-  reference adds in place. The new ones are fresh memory (12,500 page faults for 48 MiB here, 20 of 35 ms). Where the
-  allocator hands out what an earlier merge gave back, merging takes 11 ms, and merging and unmerging half of the
-  reference's time; whether it does differs between processes.
+  reference adds in place. The new ones are fresh memory the first time (12,500 page faults for 48 MiB here, 20 of
+  35 ms); later merges find what earlier ones gave back.
 * **Few tokens.** Small inputs (under 65,536 elements, input and output together), and those with a sixteenth of W's
   elements, run by autograd's own nodes: there a call costs more than its arithmetic, or reading W more than all else.
   LoRA's update, and that of any method which is only parameters and settings, is read off the layer once and kept as
@@ -72,10 +71,12 @@ keep a second copy of it.
   factors that are stacked and rows that are sorted already, those and the frozen layers take 1.5 times what the frozen
   layers take (about 0.3 of the reference): 16 adapters of rank 16 have as many bytes to read as W.
 * **Fresh memory** costs 3 µs per page of 4 KiB on this machine, so a buffer of 2 MiB that the allocator has given back
-  takes 1.8 ms, as much as eight thin products. It comes and goes between rounds, and is most of the spread.
-  Convolutions in float32 take buffers of several MiB in each call, which glibc gives back or not depending on what else
-  lies on the heap: where this library is above the reference, it has two to three times its page faults, for the same
-  operations.
+  takes 1.8 ms, as much as eight thin products. That is why both libraries are run with an allocator that keeps it:
+  with glibc's own settings single cells move by a factor of two, to either side (`--allocator default`).
+* **Bytes kept.** Where the first factor of an update is not trained (LoRA-FA, TinyLoRA, PSOFT, VeRA in 16 bits), what
+  it makes of the input is kept in place of the input. AdaMSS trains its first factor through a frozen basis of 100
+  rows: the reference keeps what the basis makes, this library the input, which layers share, and runs the thinner
+  product.
 """
 
 
@@ -217,6 +218,7 @@ COUNTS: dict[str, tuple[str, Callable[[int], str]]] = {
     "operators": ("operators", str),
     "kernels": ("kernels", str),
     "flops": ("GFLOP", lambda value: f"{value / 1e9:.3g}"),
+    "graphs": ("graphs compiled", str),
     "files": ("files read", str),
     "opens": ("times opened", str),
 }

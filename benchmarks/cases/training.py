@@ -26,6 +26,7 @@ def training_step(
     size: Size = MODEL,
     device: str = "cpu",
     repeats: int = 1,
+    compiled: bool = False,
     **options: Any,
 ) -> Job:
     """Forward, backward and AdamW on a Llama, all linear layers adapted; the floor has no AdamW."""
@@ -48,16 +49,29 @@ def training_step(
     def loss() -> torch.Tensor:
         return model(inputs_embeds=embedded, labels=ids).loss
 
+    run = torch.compile(loss) if compiled else loss
+
     def step(_: Any) -> None:
         embedded.grad = None
         if optimizer is not None:
             optimizer.zero_grad()
-        loss().backward()
+        run().backward()
         if optimizer is not None:
             optimizer.step()
 
     weights = [*frozen, *model.parameters(), *model.buffers()]
-    return Job(step, repeats=repeats, forward=loss, frozen=weights, device=device)
+    job = Job(step, repeats=repeats, forward=loss, frozen=weights, device=device)
+    if compiled:
+        before = _graphs()
+        step(None)
+        step(None)
+        made = _graphs() - before
+        job.counts = lambda: {"graphs": made}
+    return job
+
+
+def _graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def steps(group: str, runs: Any, **more: Any) -> list[Case]:
@@ -92,5 +106,6 @@ def small() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    """A few methods on a small model, and all on a smaller one."""
-    return [*steps("model", RUNS), *small()]
+    """A few methods on a small model, and all on a smaller one; and compiled."""
+    compiled = [(method, "bf16", False) for method in ("LoRA r16", "DoRA r16")]
+    return [*steps("model", RUNS), *small(), *steps("compiled", compiled, size=SMALL, compiled=True)]
