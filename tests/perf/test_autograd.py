@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -263,12 +265,12 @@ def test_dropout_differs_between_calls_and_is_off_in_evaluation():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "OFT"])
+@pytest.mark.parametrize("name", ["LoRA", "LoRA-FA", "DoRA", "OFT", "VeRA", "TinyLoRA"])
 def test_gradient_checkpointing_replays_dropout(name, reentrant):
-    config = CONFIGS[name]()
-    if isinstance(config, LoraConfig):
-        config.lora_dropout = 0.3
-    model = adapted(config).train()
+    config = CONFIGS[name.removesuffix("-FA")]()
+    model = adapted(config if name == "OFT" else with_dropout(config, 0.3)).train()
+    if name == "LoRA-FA":
+        freeze_down(model)
     x = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
     found = step(model, x, run=lambda t: checkpoint(model, t, use_reentrant=reentrant))
     assert_equal(found, step(model, x), 1e-12)
@@ -342,6 +344,24 @@ def test_keeps_what_the_middle_of_a_product_sees_in_place_of_the_input():
     x = torch.randn(4096, 64, dtype=torch.bfloat16, requires_grad=True)
     entries = (16 + 4) * sum(p.numel() for p in model.parameters() if p.requires_grad)  # places and values
     assert kept(lambda: model(x), model) <= x.untyped_storage().nbytes() + entries
+
+
+@pytest.mark.parametrize("name", ["LoRA", "TinyLoRA"])
+def test_nothing_waits_for_the_garbage_collector(name):
+    model = adapted(CONFIGS[name]())
+    freeze_down(model)
+    gc.collect()
+    gc.disable()
+    try:
+        for run in (model, lambda t: checkpoint(model, t, use_reentrant=False)):
+            x = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
+            y = run(x * 1)
+            kept = weakref.ref(y.grad_fn)
+            y.sum().backward()
+            del y
+            assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
