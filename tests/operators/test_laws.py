@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peft import operators as ops
 from peft.operators import Operator, act
+from peft.operators.base import filled, shell, tensors_of
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -178,6 +179,11 @@ def test_whatever_it_does_equals_its_dense_matrix(name: str, p: int, q: int, r: 
     torch.testing.assert_close(op.T.apply(y), y @ dense, **EXACT)
     if (pair := op.factors()) is not None:
         torch.testing.assert_close(pair[0] @ pair[1], dense, **EXACT)
+    frozen = filled(shell(op), iter([t.detach() for t in tensors_of(op)]))
+    if (parts := frozen.narrowed()) is not None:
+        torch.testing.assert_close(parts[1].dense() @ parts[0], dense.detach(), **EXACT)
+    base = torch.randn(5, op.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(frozen.over(base.clone(), x), base + x @ dense.detach().T, **EXACT)
     assert op.flops(7) >= 0
     assert op.flops_dense(7) >= 2 * 7 * dense.numel()
 

@@ -55,7 +55,7 @@ def with_operator(
         return linear(act(op, seen), weight, bias)
     whole = summed(op, x, dropped)
     if not (cheaper_whole(op, x) if whole and not torch.is_grad_enabled() else denser(op, x)):
-        return linear(x, weight, bias).add_(op.apply(seen))
+        return op.over(linear(x, weight, bias), seen)
     if whole:
         return linear(x, op.onto(weight.to(x.dtype)), bias)
     return linear(x, weight, bias).addmm_(seen, op.dense().mT)
@@ -82,6 +82,9 @@ def added(y: Tensor, op: Operator, x: Tensor, write: bool) -> Tensor:
     """y (…, out) + op x for x (n, in) of the operator's dtype, over y if `write`; no gradients."""
     if isinstance(op, Dense):
         return product_over(y, x, op.matrix, 1.0, write)
+    if write and x.dtype == y.dtype and not denser(op, x):
+        op.over(y.view(-1, y.shape[-1]), x)
+        return y
     return plus(y, act(op, x).view(y.shape), write)
 
 

@@ -82,6 +82,10 @@ class Operator:
         """`apply` in the dtype of x."""
         return self.to(x.dtype).apply(x)
 
+    def over(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (n, out) + op x for x (n, in), all of one dtype, written over y."""
+        return y.add_(self.apply(x))
+
     def dense(self) -> Tensor:
         """The matrix itself, (out, in)."""
         like = self.like()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft.operators.base import Operator, Scale, act, cheapest, expect, gemm, scaled
-from peft.operators.plain import Dense
+from peft.operators.plain import Dense, Diagonal
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +88,11 @@ class Product(Operator):
     def dense(self) -> Tensor:
         # a row of right.T is a column of right: `left` acts on it without being built
         return act(self.left, self.right.dense().mT).mT
+
+    def over(self, y: Tensor, x: Tensor) -> Tensor:
+        if type(self.left) is not Diagonal:
+            return super().over(y, x)
+        return y.addcmul_(act(self.right, x), self.left.d)
 
     def pull(self, x: Tensor, grad: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
         if type(self.left) is not Dense or self.left.matrix.requires_grad:

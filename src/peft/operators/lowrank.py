@@ -205,6 +205,9 @@ class DiagonalLowRank(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return self._up(F.linear(x, self.down))
 
+    def over(self, y: Tensor, x: Tensor) -> Tensor:
+        return y.addcmul_(F.linear(F.linear(x, self.down) * self.d, self.up), self.b)
+
     def dense(self) -> Tensor:
         up, down = self.factors()
         return up @ down
@@ -213,7 +216,7 @@ class DiagonalLowRank(Operator):
         return self._up(picked(self.down, index))
 
     def narrowed(self) -> tuple[Tensor, Operator] | None:
-        rest = Product(Product(Diagonal(self.b), Dense(self.up)), Diagonal(self.d))
+        rest = Product(Diagonal(self.b), Product(Dense(self.up), Diagonal(self.d)))
         return None if self.down.requires_grad else (self.down, rest)
 
     def factors(self) -> tuple[Tensor, Tensor]:
