@@ -4,13 +4,16 @@ kind."""
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import peft
+from peft import updates
 from peft.errors import StateError, TargetError
+from peft.operators import LowRank
 from peft.testing import Holder, SelfAttention, close, merged, same, same_state, state_of, train
 from peft.whole import rename_adapter
 
@@ -174,3 +177,13 @@ def test_what_follows_from_a_seed_is_made_once_the_base_has_values(tmp_path):
     rename_adapter(late, "default", "late")
     late.base_model.model[0].base_layer = bare[0].requires_grad_(False)
     close(late(x), model.eval()(x), 1e-6, "outputs of adapters loaded before and after the base weights")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norms_of_rows_are_those_of_the_dense_matrix_however_it_lies(dtype):
+    down, up = torch.randn(3, 700, dtype=torch.float64), torch.randn(500, 3, dtype=torch.float64)
+    weight = torch.randn(500, 700, dtype=torch.float64).to(dtype)
+    wanted = torch.linalg.vector_norm(weight.double() + 0.3 * up @ down, dim=1)
+    for lying in (weight, weight.mT.contiguous().mT):
+        found = updates.row_norms(LowRank(down, up, 0.3), SimpleNamespace(weight=lying))
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
