@@ -73,6 +73,8 @@ keep a second copy of it.
 * **Fresh memory** costs 3 µs per page of 4 KiB on this machine, so a buffer of 2 MiB that the allocator has given back
   takes 1.8 ms, as much as eight thin products. That is why both libraries are run with an allocator that keeps it:
   with glibc's own settings single cells move by a factor of two, to either side (`--allocator default`).
+* **Second runs.** 17 cells, 12 of them above 1.03 in a first run of 3 or 5 rounds, were run again with 5 or 7 rounds,
+  and the table has those: a burst of other work on this machine moves a cell by up to 40 % in so few rounds.
 * **Bytes kept.** Where the first factor of an update is not trained (LoRA-FA, TinyLoRA, PSOFT, VeRA in 16 bits), what
   it makes of the input is kept in place of the input. AdaMSS trains its first factor through a frozen basis of 100
   rows: the reference keeps what the basis makes, this library the input, which layers share, and runs the thinner
