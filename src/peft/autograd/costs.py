@@ -64,13 +64,14 @@ def summed(op: Operator, x: Tensor, dropped: bool) -> bool:
     return not dropped and (x.element_size() >= 4 or op.rounds)
 
 
-def narrowed(op: Operator, x: Tensor, dropped: bool) -> tuple[Tensor, Operator] | None:
-    """The parts of an operator whose first one is not trained and no wider than x, unless the dense form costs less."""
+def narrowed(op: Operator, x: Tensor, apart: bool) -> tuple[Tensor, Operator] | None:
+    """The parts of an operator whose first one is not trained and no wider than x, unless the dense form costs less;
+    `apart` if that can't be one matrix with W."""
     parts = op.narrowed() if torch.is_grad_enabled() else None
     if parts is None or parts[0].shape[0] > parts[0].shape[1]:
         return None
     (first, rest), tokens = parts, x.shape[0]
     whole = 3 * op.flops_dense(tokens) + op.flops_dense(0)
-    if summed(op, x, dropped):
+    if summed(op, x, apart):
         whole -= 2 * gemm(tokens, *op.shape)  # W need not run beside it
     return parts if 2 * gemm(tokens, *first.shape) + 3 * rest.flops(tokens) <= whole else None

@@ -128,9 +128,9 @@ def _low_rank(
     # With or without gradients the same elements drop out: reentrant checkpointing runs both ways.
     if (not few and (torch.is_grad_enabled() or dropout)) or (gain is not None and dropout):
         draw = Dropout.draw(dropout.p if dropout else 0.0)
-        pair = narrowed(op, x, dropout is not None) if gain is None else None
-        if pair is not None:
-            return NarrowedLinear.apply(pair[1], draw, x, weight, bias, pair[0], *tensors_of(pair[1]))[0]
+        y = _narrowed(x, weight, bias, op, draw) if gain is None else None
+        if y is not None:
+            return y
         factors = op.down, op.up, float(op.scale), draw
         if gain is None:
             return LowRankLinear.apply(x, weight, bias, *factors)
@@ -162,9 +162,9 @@ def _operator(
     small = is_small(x.shape[0] * (weight.shape[0] + weight.shape[1]))
     draw = Dropout.draw(dropout.p if dropout and not small else 0.0)
     if not small and (torch.is_grad_enabled() or draw) and (denser(op, x) or not _lean(op, x, weight)):
-        pair = None if before else narrowed(op, x, dropout is not None)
-        if pair is not None:
-            return NarrowedLinear.apply(pair[1], draw, x, weight, bias, pair[0], *tensors_of(pair[1]))[0]
+        y = None if before else _narrowed(x, weight, bias, op, draw)
+        if y is not None:
+            return y
         return OperatorLinear.apply(op, before, draw, x, weight, bias, *parts)
     seen = Dropped.apply(x, draw) if draw else dropout(x) if dropout else x
     # Several, where methods compute under autocast, or with W.
@@ -180,6 +180,15 @@ def _operator(
     if before:
         return linear(changed.to(x.dtype), weight, bias)
     return linear(x, weight, bias).add_(changed)
+
+
+def _narrowed(x: Tensor, weight: Tensor, bias: Tensor | None, op: Operator, draw: Dropout | None) -> Tensor | None:
+    """The output where the operator's first factor is not trained; None where it is, or where that does not pay."""
+    parts = narrowed(op, x, draw is not None)
+    if parts is None:
+        return None
+    factor, rest = parts
+    return NarrowedLinear.apply(rest, draw, x, weight, bias, factor, *tensors_of(rest))[0]
 
 
 def _lean(op: Operator, x: Tensor, weight: Tensor) -> bool:

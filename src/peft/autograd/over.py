@@ -108,9 +108,7 @@ class OperatorOver(torch.autograd.Function):
         return None, None, grad_y, back, None, *spread(found, need_parts)
 
 
-def over_narrowed(
-    y: Tensor, x: Tensor, parts: tuple[Tensor, Operator], dropout: Dropout | None, write: bool = True
-) -> Tensor:
+def over_narrowed(y: Tensor, x: Tensor, parts: tuple[Tensor, Operator], dropout: Dropout | None, write: bool) -> Tensor:
     """y + op D(x) for an operator whose first factor is not trained: keeps what comes after that in place of x.
 
     Shapes: y (…, out), x (…, in); `parts` are those of `Operator.narrowed`, (k, in) and (out, k).

@@ -105,7 +105,7 @@ def pull(
 ) -> tuple[Tensor | None, Sequence[Tensor]]:
     """Gradients of op x: that of x, and those of the tensors the operator is made of; by its dense form if `dense`
     (None: where that costs less)."""
-    if denser(op, x) if dense is None else dense:
+    if not isinstance(op, Dense) and (denser(op, x) if dense is None else dense):
         with torch.no_grad():
             back = grad @ op.dense() if need_x else None
         return back, pull_dense(op, x, grad, wanted)

@@ -200,20 +200,20 @@ class DiagonalLowRank(Operator):
         return x.element_size() >= 4
 
     def _up(self, h: Tensor) -> Tensor:
-        return F.linear(h * self.d, self.up) * self.b
+        return F.linear(h * self.d, self.up)
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._up(F.linear(x, self.down))
+        return self._up(F.linear(x, self.down)) * self.b
 
     def over(self, y: Tensor, x: Tensor) -> Tensor:
-        return y.addcmul_(F.linear(F.linear(x, self.down) * self.d, self.up), self.b)
+        return y.addcmul_(self._up(F.linear(x, self.down)), self.b)
 
     def dense(self) -> Tensor:
         up, down = self.factors()
         return up @ down
 
     def columns(self, index: Tensor) -> Tensor:
-        return self._up(picked(self.down, index))
+        return self._up(picked(self.down, index)) * self.b
 
     def narrowed(self) -> tuple[Tensor, Operator] | None:
         rest = Product(Diagonal(self.b), Product(Dense(self.up), Diagonal(self.d)))
